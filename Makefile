@@ -1,0 +1,41 @@
+# `make run` and `make test` need make, Python 3.11 or newer with its venv module, and a package registry.
+
+# The first interpreter that is new enough and can create an environment.
+CAN_RUN := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c '$(CAN_RUN)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# A finished run is never written over: runs/digits, then runs/digits-2, ... An interrupted one is resumed.
+OUT ?= $(shell out=runs/digits; n=1; while [ -e $$out/results.json ]; do \
+	n=$$((n + 1)); out=runs/digits-$$n; done; echo $$out)
+
+.PHONY: run test clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.installed-report
+	$(BIN)/duallora run --stream digits --backbone embedded --out $(OUT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src/
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 or newer with venv was found; install one \
+	(on Debian: apt install python3 python3-venv) or run make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The package is installed in place, so only a change of its dependencies needs another installation.
+$(VENV)/.installed-report: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[report]"
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[report,test]"
+	@touch $@ $(VENV)/.installed-report

@@ -1,0 +1,111 @@
+"""Orthonormal bases of feature subspaces: what earlier tasks use, and where a new task may write.
+
+Row vectors throughout: a token is a row ``x`` (1 x d), a second moment is ``S = mean(x^T x)`` (d x d), a basis is d x m with
+orthonormal columns. Eigendecompositions run in fp64 on the CPU, so that the same moments give the same bases everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RELATIVE_RANK = 1e-6  # an eigenvalue below this share of the largest one of S is round-off, not a direction
+DESIGNED_SCALE = 3**-0.5  # the expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA
+
+
+def energy_share(threshold: float, task: int) -> float:
+    """Share of the energy to protect after task ``task`` (from 0): it grows, because what was cut off adds up over tasks."""
+    return max(threshold, min(0.995, 1.0 - (1.0 - threshold) * 0.9**task))
+
+
+def top_eigenvectors(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a symmetric matrix by falling eigenvalue, signs fixed (the largest entry of each is positive).
+
+    Args:
+        moment: (d, d), fp64.
+        floor: directions whose eigenvalue does not exceed it are left out.
+
+    Returns:
+        Eigenvectors (d, m) and eigenvalues (m,).
+    """
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    keep = values > floor
+    values, vectors = values[keep], vectors[:, keep]
+    if vectors.shape[1]:
+        largest = vectors.abs().argmax(0, keepdim=True)
+        vectors = vectors * vectors.gather(0, largest).sign()
+    return vectors, values
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal basis (QR) of the span of ``columns`` (d x m), signs fixed so that the columns keep their directions."""
+    if columns.shape[1] == 0:
+        return columns
+    q, r = torch.linalg.qr(columns)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+class Subspace:
+    """The directions that the tasks learned so far use at one place: ``Phi`` (d x m), in blocks ``N_j``, one a task.
+
+    Args:
+        dim: d.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.phi = torch.zeros(dim, 0, dtype=torch.float64)
+        self.sizes: list[int] = []  # columns of each task's block N_j
+
+    @property
+    def free(self) -> int:
+        """Directions not used by any task yet."""
+        return self.dim - self.phi.shape[1]
+
+    def block(self, task: int) -> Tensor:
+        """The directions ``N_j`` (d x m_j) that task ``task`` added."""
+        start = sum(self.sizes[:task])
+        return self.phi[:, start : start + self.sizes[task]]
+
+    def complement(self, moment: Tensor) -> Tensor:
+        """``P S P`` with ``P = I - Phi Phi^T``."""
+        projector = torch.eye(self.dim, dtype=torch.float64) - self.phi @ self.phi.T
+        return projector @ moment @ projector
+
+    def design(self, moment: Tensor) -> Tensor:
+        """All usable directions (d x m, by falling energy) of ``S`` outside ``Phi``; m = 0 when the complement is exhausted."""
+        return top_eigenvectors(self.complement(moment), _floor(moment))[0][:, : self.free]
+
+    def protected(self, moment: Tensor) -> Tensor:
+        """Directions of ``S`` inside ``Phi`` by falling energy (d x m); none before the first task."""
+        inside = self.phi @ self.phi.T
+        return top_eigenvectors(inside @ moment @ inside, _floor(moment))[0][:, : self.phi.shape[1]]
+
+    def new_block(self, moment: Tensor, threshold: float) -> Tensor:
+        """Fewest directions that lift the captured share of ``trace(S)`` to ``eps_t`` (d x m; m = 0 if it is reached already)."""
+        target = energy_share(threshold, len(self.sizes)) * moment.trace()
+        vectors, values = top_eigenvectors(self.complement(moment), _floor(moment))
+        vectors, values = vectors[:, : self.free], values[: self.free]
+        captured = (self.phi.T @ moment @ self.phi).trace() + values.cumsum(0)
+        if (self.phi.T @ moment @ self.phi).trace() >= target:
+            return vectors[:, :0]
+        needed = int((captured < target).sum()) + 1
+        return vectors[:, :needed]
+
+    def grow(self, moment: Tensor, threshold: float) -> None:
+        """Adds the block of the task just learned; ``moment`` (d, d) was measured after the task."""
+        new = self.new_block(moment, threshold)
+        self.phi = orthonormal(torch.cat([self.phi, new], 1))
+        self.sizes.append(new.shape[1])
+
+
+def own_directions(moment: Tensor, taken: Tensor) -> Tensor:
+    """Directions of ``S`` (d x m, by falling energy) outside the span of ``taken`` (d x r), wherever earlier tasks may be."""
+    used = orthonormal(taken)
+    projector = torch.eye(moment.shape[0], dtype=torch.float64) - used @ used.T
+    return top_eigenvectors(projector @ moment @ projector, _floor(moment))[0][:, : moment.shape[0] - used.shape[1]]
+
+
+def _floor(moment: Tensor) -> float:
+    return RELATIVE_RANK * float(torch.linalg.eigvalsh(moment)[-1])

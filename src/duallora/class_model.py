@@ -1,0 +1,98 @@
+"""Class model on random features: ridge regression on one-hot rows over ReLU random projections (after RanPAC, NeurIPS 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+RIDGES = torch.logspace(-8, 8, 17, dtype=torch.float64)
+KAPPAS = torch.logspace(0, 2, 20, dtype=torch.float64)  # 1 to 100: ridge scores lie between 0 and 1
+
+
+class RandomFeatureModel:
+    """Posterior over rows ``q = softmax(kappa z)``, ``z = relu(f P) W``, from sums that add over tasks and give the joint solution.
+
+    Args:
+        dim: d, width of the final feature.
+        size: M, number of random features.
+        ridge: the ridge, or None to choose it by generalised cross-validation over all rows after each task.
+        seed: draws P; P is saved with the model, so that no generator has to give the same numbers again.
+        device: where scores are computed.
+    """
+
+    def __init__(self, dim: int, size: int, ridge: float | None, seed: int, device: torch.device) -> None:
+        self.ridge, self.device = ridge, device
+        self.projection = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed)).to(device)
+        self.gram = torch.zeros(size, size, dtype=torch.float64)  # G = sum h^T h
+        self.targets = torch.zeros(size, 0, dtype=torch.float64)  # Q = sum h^T y
+        self.images = 0
+        self.losses: dict[int, Tensor] = {}
+        self.weight = torch.zeros(size, 0, device=device)  # W
+        self._leverage = (torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64))
+
+    @property
+    def kappa(self) -> float:
+        """Temperature with the smallest leave-one-out loss summed over tasks; the largest among equals."""
+        if not self.losses:
+            return 1.0
+        total = torch.stack([self.losses[t] for t in sorted(self.losses)]).sum(0)
+        return float(KAPPAS[total <= total.min()].max())
+
+    def add(self, task: int, features: Tensor, labels: Tensor, classes: int) -> None:
+        """Adds a task's final features (n, d) with labels (n,) as new rows, refits W and stores the task's kappa losses."""
+        first = self.targets.shape[1]
+        self.targets = F.pad(self.targets, (0, classes))
+        for x, y in zip(features.split(1024), labels.split(1024), strict=True):
+            h = self._lift(x).cpu().double()
+            self.gram += h.T @ h
+            self.targets.index_add_(1, y.cpu() + first, h.T.contiguous())
+        self.images += len(features)
+        self._solve()
+        self._fit(task, features, labels + first)
+
+    def log_q(self, f: Tensor) -> Tensor:
+        """Log-posterior over rows (n, R) for final features (n, d)."""
+        return (self.kappa * (self._lift(f) @ self.weight)).log_softmax(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Projection, sums and solution."""
+        tensors = {"projection": self.projection, "gram": self.gram, "targets": self.targets, "weight": self.weight}
+        tensors["images"] = torch.tensor(self.images)
+        return tensors | {f"fit.{task}": losses for task, losses in self.losses.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        self.projection, self.weight = tensors["projection"].to(self.device), tensors["weight"].to(self.device)
+        self.gram, self.targets = tensors["gram"].cpu(), tensors["targets"].cpu()
+        self.images = int(tensors["images"])
+        self.losses = {int(name.split(".")[1]): x.cpu() for name, x in tensors.items() if name.startswith("fit.")}
+
+    def _lift(self, f: Tensor) -> Tensor:
+        return (f.to(self.device).float() @ self.projection).relu()
+
+    def _solve(self) -> None:
+        """One eigendecomposition serves every ridge: ``RSS`` and ``tr H`` are sums over eigenvalues."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        values = values.clamp(min=0)
+        rotated = vectors.T @ self.targets
+        energy = rotated.square().sum(1)
+
+        def validation(ridge: float) -> float:
+            gain = 2 * (energy / (values + ridge)).sum() - (values * energy / (values + ridge).square()).sum()
+            freedom = (values / (values + ridge)).sum()
+            return float((self.images - gain) / (1 - freedom / self.images).clamp(min=1e-9).square())
+
+        ridge = self.ridge if self.ridge is not None else min(RIDGES.tolist(), key=validation)
+        self.weight = (vectors @ (rotated / (values + ridge)[:, None])).float().to(self.device)
+        self._leverage = (vectors, (values + ridge).reciprocal())
+
+    def _fit(self, task: int, features: Tensor, rows: Tensor) -> None:
+        """Closed-form leave-one-out scores ``(z - h_ii y) / (1 - h_ii)`` of the task's images."""
+        vectors, inverse = self._leverage
+        h = self._lift(features).cpu().double()
+        leverage = ((h @ vectors).square() @ inverse).clamp(max=1 - 1e-6)[:, None]
+        y = F.one_hot(rows.cpu(), self.targets.shape[1]).double()
+        z = (h @ self.weight.cpu().double() - leverage * y) / (1 - leverage)
+        losses = [-(k * z).log_softmax(1).gather(1, rows.cpu()[:, None]).sum() for k in KAPPAS.tolist()]
+        self.losses[task] = torch.stack(losses)

@@ -1,0 +1,1 @@
+"""The commands: one typed function a verb, and how its arguments are read from a command line."""

@@ -1,0 +1,203 @@
+"""From a typed function to a jsonargparse parser, and from a command line to that function's arguments.
+
+The rules: a parameter before the ``*`` of the signature is a positional argument, one after it an option
+(``train_per_class`` is ``--train-per-class``), a bool is a switch, and the docstring's ``Args`` are the help.
+A parameter of type `MethodChoice` becomes ``--method NAME`` and one ``--method.FIELD`` for each field of that
+method's configuration, so the method's name is found before the parser is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from argparse import ArgumentError, HelpFormatter
+from collections.abc import Callable, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace
+
+from duallora.commands.choice import DEFAULT_METHOD, MethodChoice
+from duallora.commands.configs import read_config, take_config_files
+from duallora.commands.mistakes import explain, nearest
+from duallora.errors import DualLoRAError
+
+Command = Callable[..., None]
+
+
+class CommandParser(ArgumentParser):
+    """jsonargparse's parser; its help shows ``--method``, the short form of ``--method.name``."""
+
+    def format_help(self) -> str:
+        """The help text."""
+        return str(super().format_help()).replace("--method.name", "--method")
+
+
+def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
+    """Reads a command line for a command.
+
+    Args:
+        verb: The command's name.
+        command: The typed function behind it.
+        argv: The words after the verb.
+
+    Returns:
+        The keyword arguments to call the function with.
+
+    Raises:
+        DualLoRAError: Unknown options or values, and unreadable ``--config`` files.
+        SystemExit: After ``--help`` and ``--print_config``.
+    """
+    words, files = take_config_files(argv)
+    configs = [read_config(file) for file in files]
+    method = None
+    if _takes_method(command):
+        words = [_spell_out(word) for word in words]
+        method = _find_method(words, configs) or DEFAULT_METHOD
+    parser = build_parser(verb, command, method)
+    # Files go first: a value on the command line wins over any file, wherever it stands.
+    for config in reversed(configs):
+        words[:0] = ["--config", json.dumps(config, default=str)]
+    try:
+        namespace = parser.parse_args(words)
+    except ArgumentError as error:
+        raise DualLoRAError(explain(str(error), parser, method)) from error
+    return _keywords(command, namespace)
+
+
+def build_parser(verb: str, command: Command, method: str | None = None) -> CommandParser:
+    """Builds the parser of a command.
+
+    Args:
+        verb: The command's name.
+        command: The typed function.
+        method: Whose fields are the ``--method.FIELD`` options; None for a command without a method.
+    """
+    doc = docstring_parser.parse(inspect.getdoc(command) or "")
+    about = {entry.arg_name: entry.description or "" for entry in doc.params}
+    parser = CommandParser(
+        prog=f"duallora {verb}",
+        description=" ".join(part for part in (doc.short_description, doc.long_description) if part),
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(command)
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if _is_choice(hint):
+            _add_method(parser, method or DEFAULT_METHOD, keep_unsaid=parameter.default is None)
+        else:
+            _add_parameter(parser, parameter, hint, about.get(parameter.name, ""))
+    parser.add_argument(
+        "--config", action="config", help="YAML file of option values, or the name of a shipped one; the command line wins"
+    )
+    needed = [a.option_strings[0] + " " + str(a.metavar) if a.option_strings else str(a.metavar) for a in parser._actions if a.required]
+    parser.usage = " ".join([parser.prog, *needed, "[options]"])
+    return parser
+
+
+def _add_parameter(parser: CommandParser, parameter: inspect.Parameter, hint: Any, about: str) -> None:
+    option = "--" + parameter.name.replace("_", "-")
+    if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        several = get_origin(hint) is list
+        parser.add_argument(
+            parameter.name,
+            type=get_args(hint)[0] if several else hint,
+            metavar=parameter.name.upper(),
+            help=about,
+            **({"nargs": "+"} if several else {}),
+        )
+    elif hint is bool:
+        parser.add_argument(option, action="store_true", help=about)
+    elif parameter.default is inspect.Parameter.empty:
+        parser.add_argument(option, type=hint, required=True, metavar=_metavar(hint), help=about)
+    else:
+        help_text = _with_default(about, parameter.default)
+        parser.add_argument(option, type=hint, default=parameter.default, metavar=_metavar(hint), help=help_text)
+
+
+def _add_method(parser: CommandParser, method: str, *, keep_unsaid: bool) -> None:
+    """Adds ``--method`` and the fields of one method; with ``keep_unsaid``, what is not given stays None."""
+    from duallora.methods import METHODS
+
+    config = METHODS[method].config
+    group = parser.add_argument_group(f"method {method}", "the fields of another method: --method NAME --help")
+    about: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        about |= {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(kind.__doc__ or "").params}
+    hints = get_type_hints(config)
+    names: Any = Literal[tuple(METHODS)]
+    rows = [("name", names, DEFAULT_METHOD, method, "the method")]
+    rows += [(f.name, hints[f.name], f.default, f.default, about.get(f.name, "")) for f in dataclasses.fields(config)]
+    for field, hint, shown, default, text in rows:
+        group.add_argument(
+            f"--method.{field}",
+            *(["--epochs"] if field == "epochs" else []),
+            type=Union[hint, None] if keep_unsaid else hint,  # noqa: UP007 - a Literal made at run time
+            default=None if keep_unsaid else default,
+            metavar=_metavar(hint),
+            help=_with_default(text, shown),
+        )
+
+
+def _with_default(about: str, default: Any) -> str:
+    text = about.strip().rstrip(".").replace("`", "").replace("%", "%%")
+    shown = str(default).lower() if isinstance(default, bool) else default
+    return text if default is None else f"{text} (default: {shown})"
+
+
+def _metavar(hint: Any) -> str:
+    """The values of a choice, else the type in a word."""
+    if get_origin(hint) is Literal:
+        values = [str(value) for value in get_args(hint)]
+        return "{" + ("|" if any("," in value for value in values) else ",").join(values) + "}"
+    if get_origin(hint) in (Union, UnionType):
+        return "|".join(_metavar(part) for part in get_args(hint) if part is not type(None))
+    return {"bool": "{true,false}", "str": "TEXT", "Path": "PATH"}.get(hint.__name__, hint.__name__.upper())
+
+
+def _is_choice(hint: Any) -> bool:
+    return hint is MethodChoice or MethodChoice in get_args(hint)
+
+
+def _takes_method(command: Command) -> bool:
+    return any(_is_choice(hint) for hint in get_type_hints(command).values())
+
+
+def _spell_out(word: str) -> str:
+    """``--method`` and ``--method=`` by the option's full name, which is what YAML files nest."""
+    return "--method.name" + word.removeprefix("--method") if word.split("=")[0] == "--method" else word
+
+
+def _find_method(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> str | None:
+    """The method that the command line, else the last file that says so, names."""
+    from duallora.methods import METHODS
+
+    name = None
+    for config in configs:
+        if isinstance(section := config.get("method"), dict):
+            name = section.get("name", name)
+    for position, word in enumerate(words):
+        if word == "--method.name":
+            name = (words[position + 1 : position + 2] or [None])[0]
+        elif word.startswith("--method.name="):
+            name = word.removeprefix("--method.name=")
+    if name is not None and name not in METHODS:
+        raise DualLoRAError(f"there is no method {name}{nearest(str(name), list(METHODS))}")
+    return name
+
+
+def _keywords(command: Command, namespace: Namespace) -> dict[str, Any]:
+    """The parsed values under the names of the function's parameters."""
+    keywords = {}
+    hints = get_type_hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        value = namespace.get(name)
+        if _is_choice(hints[name]):
+            said = {key: item for key, item in vars(value).items() if parameter.default is not None or item is not None}
+            value = MethodChoice(said.pop("name", None), said) if said else None
+        keywords[name] = value
+    return keywords

@@ -1,0 +1,65 @@
+"""Where the commands write: one JSON document or readable text on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH = 200  # tables in files and pipes are not cut to the width of a terminal that is not there
+
+
+def line(text: str, *, stderr: bool = False) -> None:
+    """Prints one line as it is: no markup, no wrapping, no colours."""
+    _console(stderr).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def table(content: Table, *, stderr: bool = False) -> None:
+    """Prints a table, as wide as the terminal allows."""
+    _console(stderr).print(content)
+
+
+def rows(columns: list[str], cells: list[list[str]]) -> None:
+    """Prints rows of text on stdout as a table; columns of numbers are aligned to the right.
+
+    Args:
+        columns: The heads of the columns.
+        cells: One list a row.
+    """
+    content = Table()
+    for position, column in enumerate(columns):
+        numbers = all(_is_number(row[position]) for row in cells)
+        content.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        content.add_row(*(Text(cell) for cell in row))
+    table(content)
+
+
+def document(content: Any) -> None:
+    """Prints one JSON document on stdout; numbers that are not finite become null, as JSON has none."""
+    sys.stdout.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.replace(",", "").replace(".", "", 1).isdecimal()
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+def _console(stderr: bool) -> Console:
+    # Made for every call: sys.stdout may have been replaced since the last.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)

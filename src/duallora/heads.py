@@ -1,0 +1,73 @@
+"""Linear heads, one a task, and the calibration that makes their logits comparable across tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from duallora.memory import sum_rows
+
+
+class Heads(nn.Module):
+    """``head_t``: Linear(d, |Y_t|), trained in task t and frozen afterwards.
+
+    Args:
+        dim: d, width of the final feature.
+        device: where the heads live.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        super().__init__()
+        self.dim, self.device = dim, device
+        self.tasks = nn.ModuleList()
+
+    def open(self, classes: int, generator: torch.Generator) -> None:
+        """Adds the head of a new task, drawn from ``generator``; the earlier heads are frozen."""
+        self.requires_grad_(False)
+        head = nn.Linear(self.dim, classes)
+        bound = self.dim**-0.5
+        with torch.no_grad():
+            head.weight.uniform_(-bound, bound, generator=generator)
+            head.bias.zero_()
+        self.tasks.append(head.to(self.device))
+
+    def current(self, f: Tensor) -> Tensor:
+        """Logits over the current task's classes (n, |Y_t|)."""
+        logits: Tensor = self.tasks[-1](f)
+        return logits
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Logits of all heads side by side (n, R)."""
+        return torch.cat([head(f) for head in self.tasks], 1)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores the heads from their state dict; the shapes say how many there are."""
+        self.tasks = nn.ModuleList()
+        for task in range(sum(name.endswith(".weight") for name in tensors)):
+            self.open(tensors[f"tasks.{task}.weight"].shape[0], torch.Generator())
+        self.load_state_dict(tensors)
+        self.requires_grad_(False)
+
+
+def within_tasks(log_rows: Tensor, row_task: Tensor, tasks: int) -> Tensor:
+    """Normalises logits over rows (n, R) inside each task: log-probability of the class given the task."""
+    return log_rows - sum_rows(log_rows, row_task, tasks)[:, row_task]
+
+
+def calibrate(logits: Tensor, log_q: Tensor, log_task: Tensor, row_task: Tensor, kind: str, tau: float) -> Tensor:
+    """Log-probability of every row (n, R) from heads, class model and task identity.
+
+    Args:
+        logits: of all heads side by side (n, R).
+        log_q: log-posterior of the class model over rows (n, R).
+        log_task: log p(t | f) (n, T).
+        row_task: the task of each row (R,).
+        kind: ``"class"``: ``log p(t|f) + log_softmax_{c in t}(1/2 log_softmax(head_t)(c) + 1/2 log q(c))``;
+            ``"task"``: ``log_softmax(head_t)(c) + tau log p(t|f)``, renormalised over rows.
+        tau: weight of the task posterior for ``"task"``.
+    """
+    tasks = log_task.shape[1]
+    head = within_tasks(logits, row_task, tasks)
+    if kind == "class":
+        return log_task[:, row_task] + within_tasks((head + log_q) / 2, row_task, tasks)
+    return (head + tau * log_task[:, row_task]).log_softmax(1)

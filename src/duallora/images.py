@@ -1,0 +1,215 @@
+"""Reading images: every format comes out as plain 8-bit RGB, or as one sentence that names the file."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from duallora.errors import DualLoRAError
+
+MAX_PIXELS: int = 178_956_970
+"""Images with more pixels than this are refused before they are decoded."""
+
+IMAGE_SUFFIXES: frozenset[str] = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"}
+    | {".tga", ".tif", ".tiff", ".webp"}
+)
+"""File name endings, in lower case, that count as images when a folder is walked."""
+
+# Pillow also opens PostScript (by starting an interpreter) and formats nobody trains on: those stay shut.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_SYSTEM_FOLDERS = frozenset({"__MACOSX"})
+_ORIENTATION_TAG = 0x0112
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads an image file of any common kind.
+
+    Animations give their first frame, transparency is laid on white, 16-bit grey is scaled to 8 bits and
+    the camera's orientation is applied.
+
+    Args:
+        path: the image file.
+
+    Returns:
+        A decoded ``RGB`` image without metadata.
+
+    Raises:
+        DualLoRAError: the file is missing, too large (more than ``MAX_PIXELS``) or not a readable image;
+            the message names it.
+    """
+    try:
+        # Whatever the decoder grumbles about and then decodes all the same is a readable image.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_formats()) as image:
+                _refuse_huge(image, str(path))
+                return _plain_rgb(image)
+    except DualLoRAError:
+        raise
+    except FileNotFoundError as error:
+        raise DualLoRAError(f"{path} does not exist: check the path") from error
+    except IsADirectoryError as error:
+        raise DualLoRAError(f"{path} is a folder, not an image: name the files in it") from error
+    except PermissionError as error:
+        raise DualLoRAError(f"{path} may not be read: change its permissions") from error
+    except Image.DecompressionBombError as error:
+        raise DualLoRAError(_too_many_pixels(str(path))) from error
+    except UnidentifiedImageError as error:
+        raise DualLoRAError(f"{path} is not an image in a known format: repair or remove it") from error
+    # Malformed files make the decoders raise nearly anything (SyntaxError, struct.error, ValueError, ...).
+    except Exception as error:
+        raise DualLoRAError(f"{path} cannot be decoded ({error}): repair or remove it") from error
+
+
+def to_pil(image: Image.Image | torch.Tensor | str | Path) -> Image.Image:
+    """Turns what a data set or a caller hands over into an ``RGB`` image.
+
+    Args:
+        image: a PIL image of any mode, a path, or a tensor of shape (C, H, W) or (H, W) with one or three
+            channels: uint8, or floating point in [0, 1] (not normalised).
+
+    Raises:
+        DualLoRAError: the image cannot be read, or the tensor has another shape, type or range.
+    """
+    if isinstance(image, Image.Image):
+        if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+            return image
+        _refuse_huge(image, "the image")
+        try:
+            return _plain_rgb(image)
+        except Exception as error:
+            raise DualLoRAError(f"the image cannot be decoded ({error}): pass another one") from error
+    if isinstance(image, torch.Tensor):
+        return _from_tensor(image)
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    raise DualLoRAError(f"an image must be a PIL image, a tensor or a path, not {type(image).__name__}")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Finds the image files below a folder, by their endings, sorted; hidden files are left out.
+
+    Raises:
+        DualLoRAError: there is no such folder.
+    """
+    return [path for path in find_files(folder) if is_image_name(path)]
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Finds all files below a folder, sorted; hidden ones and those an operating system drops are left out.
+
+    Raises:
+        DualLoRAError: there is no such folder.
+    """
+    require_folder(folder)
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS]
+        found += [f"{parent}/{name}" for name in files if not _is_hidden(name)]
+    return [Path(name) for name in sorted(found)]
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether the file name ends like an image's."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def require_folder(folder: Path) -> None:
+    """Refuses a path that is not an existing folder.
+
+    Raises:
+        DualLoRAError: it does not exist or is a file.
+    """
+    if not folder.exists():
+        raise DualLoRAError(f"the folder {folder} does not exist: check the path")
+    if not folder.is_dir():
+        raise DualLoRAError(f"{folder} is a file: a folder of images is needed")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _too_many_pixels(what: str) -> str:
+    return f"{what} has more than {MAX_PIXELS:,} pixels and is not decoded: make it smaller first"
+
+
+def _refuse_huge(image: Image.Image, what: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise DualLoRAError(_too_many_pixels(what))
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    image = _to_rgb(_upright(image))
+    # A copy is free of the file; without metadata nothing (such as the orientation) can be applied twice.
+    plain = image.copy()
+    plain.info = {}
+    return plain
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except Exception:  # broken metadata does not make the pixels unreadable; broken pixels fail below
+        image.load()
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":
+        return _from_deep_grey(image)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, "white")
+        background.alpha_composite(image)
+        image = background
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image)
+    if image.mode == "F":
+        grey = np.nan_to_num(grey)
+        if grey.max() <= 1:
+            grey = grey * 255
+        grey = grey.round()
+    else:
+        # The upper byte, which is what the decoder itself takes of 16-bit colour.
+        grey = grey.clip(0, 65535) >> 8
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_tensor(tensor: torch.Tensor) -> Image.Image:
+    pixels = tensor.detach().cpu()
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or pixels.numel() == 0:
+        shape = tuple(tensor.shape)
+        raise DualLoRAError(
+            f"an image tensor must be (1 or 3, height, width) or (height, width), not {shape}"
+        )
+    if pixels.is_floating_point():
+        if not (pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3):  # also refuses NaN
+            raise DualLoRAError(
+                "a floating-point image tensor must lie in [0, 1]: hand images over before normalisation"
+            )
+        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    if pixels.dtype != torch.uint8:
+        raise DualLoRAError(f"an image tensor must be uint8 or floating point in [0, 1], not {tensor.dtype}")
+    array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array)

@@ -1,0 +1,306 @@
+"""ContinualLearner: learn tasks one after another, predict without the task, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from duallora import checkpoint, metrics
+from duallora.backbones import Backbone, BackboneInfo, load_backbone
+from duallora.errors import DualLoRAError
+from duallora.images import to_pil
+from duallora.methods import METHODS, DualLoRAConfig, Method, MethodConfig, TaskInfo, method_name
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
+from duallora.progress import Progress
+from duallora.streams import TaskDataset
+from duallora.streams.task import as_task_dataset
+from duallora.train import EVALUATION_BATCH, batches, learn_task, make_fabric
+from duallora.transforms import Augmentation, evaluation_transform
+
+
+class ContinualLearner:
+    """A pre-trained Vision Transformer that learns new tasks and keeps no old images.
+
+    Args:
+        backbone: ``"embedded"``, the full tag of a timm ViT, or a loaded :class:`Backbone`.
+        method: configuration of the method, for instance :class:`DualLoRAConfig`.
+        seed: keys every random draw, with the task, the epoch and the sample.
+        backbone_file: local ``.safetensors`` file with the backbone's weights.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        augment: ``"crop,flip"``, ``"crop"`` or ``"none"``.
+        progress: where to report; the default is silent.
+
+    Attributes:
+        tasks: records of the tasks learned so far.
+        classes: names of all classes in the order in which they were first seen.
+
+    Raises:
+        DualLoRAError: if the backbone, the device or a field of the method cannot be used.
+    """
+
+    def __init__(
+        self,
+        backbone: str | Backbone = "embedded",
+        method: MethodConfig | None = None,
+        seed: int = 0,
+        *,
+        backbone_file: str | Path | None = None,
+        device: str = "auto",
+        augment: str = "crop,flip",
+        progress: Progress | None = None,
+    ) -> None:
+        config = method if method is not None else DualLoRAConfig()
+        self.config, self.seed, self.augment = config, seed, augment
+        self.method_name = method_name(config)
+        self.progress = progress if progress is not None else Progress(quiet=True)
+        self.fabric = make_fabric(device)
+        self.backbone = load_backbone(backbone, backbone_file) if isinstance(backbone, str) else backbone
+        self.backbone.to(self.fabric.device)
+        self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed)
+        self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
+        Augmentation(self.backbone.info, augment, seed, 0)  # an unknown policy is refused now, not at the first task
+        self.tasks: list[TaskRecord] = []
+        self.classes: list[str] = []
+        self._unfinished: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.fabric.device
+
+    @property
+    def forward_passes(self) -> int:
+        """Backbone passes per image at inference."""
+        return self.method.forward_passes
+
+    def learn(self, dataset: Dataset[Any], name: str | None = None) -> TaskRecord:
+        """Learns a task from labelled images; nothing of them is kept but statistics.
+
+        Args:
+            dataset: any map-style data set of (PIL image or tensor, int) with class names in ``classes``.
+            name: of the task; default ``task N``.
+
+        Raises:
+            DualLoRAError: if the data set or the name cannot be used. The learner is as it was then.
+        """
+        self._check_usable()
+        data, classes = _present_classes(dataset)
+        name = name if name is not None else f"task {len(self.tasks) + 1}"
+        if any(task.name == name for task in self.tasks):
+            raise DualLoRAError(f"a task named {name!r} has been learned already; give this one another name.")
+        task = TaskInfo(len(self.tasks), name, classes)
+        augmentation = Augmentation(self.backbone.info, self.augment, self.seed, task.index)
+        self._unfinished = name
+        timings = learn_task(self.method, task, data, augmentation, self.preprocess, self.fabric, self.progress)
+        self._unfinished = None
+        record = TaskRecord(
+            name=name,
+            classes=classes,
+            learned_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            train_images=len(data),
+            stored_bytes=sum(t.numel() * t.element_size() for t in self.method.state().values()),
+            orthogonal_norm=self.method.orthogonal_norm if timings.trainable_parameters else None,
+            residual_norm=self.method.residual_norm if timings.trainable_parameters else None,
+            **asdict(timings),
+        )
+        self._add(record)
+        return record
+
+    def outputs(self, dataset: Dataset[Any]) -> Outputs:
+        """Raw outputs for every image of a data set, in order; labels are not looked at."""
+        data = dataset if isinstance(dataset, TaskDataset) else as_task_dataset(dataset)
+        found = batches(data, lambda image, _: self.preprocess(image), EVALUATION_BATCH, self.device)
+        return self.outputs_of(batch.images for batch in found)
+
+    def outputs_of(self, images: Iterable[Tensor]) -> Outputs:
+        """Raw outputs for batches of preprocessed images (B, 3, H, W).
+
+        Raises:
+            DualLoRAError: if nothing has been learned yet.
+        """
+        self._check_usable()
+        if not self.tasks:
+            raise DualLoRAError("this learner has learned nothing yet; call learn first.")
+        with self.fabric.autocast():
+            readouts = [self.method.logits(batch.to(self.device)) for batch in images]
+        if not readouts:
+            raise DualLoRAError("there are no images to look at; give at least one.")
+
+        def joined(field: str) -> Any:
+            parts = [getattr(readout, field) for readout in readouts]
+            return None if parts[0] is None else torch.cat([p.float().cpu() for p in parts])
+
+        rows = [(t, self.classes.index(c)) for t, task in enumerate(self.tasks) for c in task.classes]
+        return Outputs(
+            **{f: joined(f) for f in ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")},
+            row_task=torch.tensor([t for t, _ in rows]),
+            row_class=torch.tensor([c for _, c in rows]),
+            readout=self.method.answer,
+        )
+
+    def evaluate(self, dataset: Dataset[Any]) -> Evaluation:
+        """Accuracy on labelled images, over all and per task, without telling the model which task they are of.
+
+        Raises:
+            DualLoRAError: if a class of the data set has not been learned.
+        """
+        data, names = _present_classes(dataset)
+        unknown = [name for name in names if name not in self.classes]
+        if unknown:
+            shown = ", ".join(repr(name) for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
+            raise DualLoRAError(f"the model has not learned {shown}; it knows {len(self.classes)} classes.")
+        outputs = self.outputs(data)
+        labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
+        latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
+        true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
+        confidence, right = metrics.top_class(outputs, outputs.readout, labels)
+        found_task = metrics.predicted_tasks(outputs, outputs.readout)
+        count = len(self.tasks)
+        confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(count, count)
+        tasks = []
+        for t, task in enumerate(self.tasks):
+            mine = right[true_task == t]
+            tasks.append(TaskAccuracy(task.name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine)))
+        return Evaluation(
+            accuracy=int(right.sum()) / len(right),
+            tasks=tuple(tasks),
+            task_confusion=tuple(tuple(row) for row in confusion.tolist()),
+            calibration_error=metrics.calibration_error(confidence, right),
+            images=len(right),
+        )
+
+    def predict(self, images: Iterable[Any], top: int = 3) -> list[Prediction]:
+        """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.
+
+        Raises:
+            DualLoRAError: if an image cannot be read (the file is named) or nothing has been learned.
+        """
+        items = list(images)
+        if not items:
+            return []
+        outputs = self.outputs_of(self._batches(items))
+        probabilities = metrics.class_probabilities(outputs, outputs.readout)
+        values, which = probabilities.topk(min(max(top, 1), len(self.classes)), 1)
+        task_log = outputs.task_posterior if outputs.task_posterior is not None else torch.zeros(len(items), len(self.tasks))
+        confidence, task = task_log.exp().max(1)
+        familiarity = outputs.familiarity if outputs.familiarity is not None else torch.ones(len(items))
+        result = []
+        for i, item in enumerate(items):
+            best = tuple((self.classes[c], float(p)) for c, p in zip(which[i].tolist(), values[i].tolist(), strict=True))
+            result.append(
+                Prediction(
+                    path=str(item) if isinstance(item, (str, Path)) else None,
+                    label=best[0][0],
+                    probability=best[0][1],
+                    task=self.tasks[int(task[i])].name,
+                    task_confidence=float(confidence[i]),
+                    unknown=1.0 - float(familiarity[i]),
+                    top=best,
+                )
+            )
+        return result
+
+    def save(self, path: str | Path) -> None:
+        """Saves to a folder as one new generation; an interruption leaves the old one whole.
+
+        Raises:
+            DualLoRAError: if another process is writing there, or the disk is full.
+        """
+        with checkpoint.exclusive(Path(path)):
+            self.commit(Path(path))
+
+    def commit(self, folder: Path) -> None:
+        """As :meth:`save`, for a caller that holds ``checkpoint.exclusive`` on the folder already."""
+        self._check_usable()
+        file = self.backbone.info.file
+        manifest = {
+            "package_version": version("duallora"),
+            "backbone": self.backbone.info.to_dict(),
+            "method": self.method_name,
+            "config": asdict(self.config),
+            "seed": self.seed,
+            "augment": self.augment,
+            "classes": self.classes,
+            "tasks": [task.to_dict() for task in self.tasks],
+        }
+        extra = {} if file is None else {"backbone": Path(file)}
+        checkpoint.commit(folder, manifest, self.method.state(), extra_files=extra)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        progress: Progress | None = None,
+        backbone: Backbone | None = None,
+    ) -> ContinualLearner:
+        """Loads a saved learner; it predicts, and goes on learning, exactly as the one that was saved.
+
+        Args:
+            path: the folder.
+            device: where to compute.
+            progress: where to report; the default is silent.
+            backbone: the frozen backbone, if it cannot be loaded by its name.
+
+        Raises:
+            DualLoRAError: if the folder holds no sound model, or the backbone is not the one it was learned on.
+        """
+        folder = Path(path)
+        manifest, tensors = checkpoint.read(folder)
+        info = BackboneInfo.from_dict(manifest["backbone"])
+        if backbone is None:
+            copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
+            backbone = load_backbone(info.name, copies[0] if copies else None)
+        if backbone.info.sha256 != info.sha256:
+            raise DualLoRAError(
+                f"the model was learned on backbone {info.name!r} with sha256 {info.sha256[:12]}, but {backbone.info.name!r} here "
+                f"has {backbone.info.sha256[:12]}; use the weights it was learned on."
+            )
+        entry = METHODS.get(manifest["method"])
+        if entry is None:
+            raise DualLoRAError(f"the model uses method {manifest['method']!r}, unknown here; the methods are {', '.join(METHODS)}.")
+        config = entry.config(**manifest["config"])
+        learner = cls(backbone, config, manifest["seed"], device=device, augment=manifest["augment"], progress=progress)
+        learner.method.load_state(tensors)
+        for record in manifest["tasks"]:
+            learner._add(TaskRecord.from_dict(record))
+        return learner
+
+    def _add(self, record: TaskRecord) -> None:
+        self.tasks.append(record)
+        self.classes.extend(name for name in record.classes if name not in self.classes)
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[Tensor]:
+        for start in range(0, len(items), EVALUATION_BATCH):
+            yield torch.stack([self.preprocess(to_pil(item)) for item in items[start : start + EVALUATION_BATCH]])
+
+    def _check_usable(self) -> None:
+        if self._unfinished is not None:
+            raise DualLoRAError(
+                f"learning {self._unfinished!r} did not finish, so this learner is between two states; load the saved model again."
+            )
+
+
+def _present_classes(dataset: Dataset[Any]) -> tuple[TaskDataset, tuple[str, ...]]:
+    """The data set as a view, and the names its targets refer to.
+
+    Raises:
+        DualLoRAError: if it is empty, or a class has no image.
+    """
+    data = as_task_dataset(dataset)
+    if not len(data):
+        raise DualLoRAError("the data set has no images; give at least one image of one class.")
+    seen = set(data.targets)
+    empty = [name for i, name in enumerate(data.classes) if i not in seen]
+    if empty:
+        raise DualLoRAError(f"class {empty[0]!r} has no images; add some or leave the class out.")
+    return data, tuple(data.classes)

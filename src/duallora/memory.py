@@ -1,0 +1,208 @@
+"""Class statistics: rows with one shared covariance, the posterior they give, and how familiar an input is.
+
+A *row* is a (task, class) pair. In the coordinates ``z = (f - m) C^-T`` with ``Sigma = C C^T`` (m: mean of the row means) the score
+``s_c = f Sigma^-1 mu_c^T - 1/2 mu_c Sigma^-1 mu_c^T`` is ``z nu_c^T - |nu_c|^2 / 2`` up to a term that is the same for all rows, and the
+Mahalanobis distance is ``|z - nu_c|``: one triangular solve in fp64 when rows change, small fp32 products afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KAPPAS = torch.logspace(-1.3010299956639813, 0, 20, dtype=torch.float64)  # .05 to 1
+_CHUNK = 4096  # features are merged in chunks of this many, so that fp64 copies stay small
+
+
+@dataclass
+class ClassMoments:
+    """Count (k,), mean (k, d) of each class and pooled within-class scatter (d, d), fp64; sums over batches, ranks and tasks."""
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def empty(cls, classes: int, dim: int) -> ClassMoments:
+        """Moments of no images at all."""
+        zeros = torch.zeros
+        return cls(zeros(classes, dtype=torch.float64), zeros(classes, dim, dtype=torch.float64), zeros(dim, dim, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, classes: int) -> ClassMoments:
+        """Moments of ``features`` (n, d) with ``labels`` (n,) in ``range(classes)``, merged chunk by chunk."""
+        total = cls.empty(classes, features.shape[1])
+        for x, y in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            x, y = x.cpu().double(), y.cpu()
+            count = torch.bincount(y, minlength=classes).double()
+            mean = torch.zeros_like(total.mean).index_add_(0, y, x) / count.clamp(min=1)[:, None]
+            centred = x - mean[y]
+            total = total.merge(cls(count, mean, centred.T @ centred))
+        return total
+
+    def merge(self, other: ClassMoments) -> ClassMoments:
+        """Chan's update: the moments of both sets of images together, without the cancellation of ``E[x^2] - mu^2``."""
+        count = self.count + other.count
+        share = other.count / count.clamp(min=1)
+        gap = other.mean - self.mean
+        between = gap.T @ (gap * (self.count * share)[:, None])
+        return ClassMoments(count, self.mean + gap * share[:, None], self.scatter + other.scatter + between)
+
+
+class Own(NamedTuple):
+    """For leave-one-out scores: each image's own row (n,) and its feature f0 in the latest pass without gradients (n, d)."""
+
+    row: Tensor
+    f0: Tensor
+
+
+class RowMemory:
+    """Gaussian rows at one feature point, with the temperature kappa and the distances of known images.
+
+    Args:
+        dim: width of the features.
+        device: where scores are computed; the statistics stay on the CPU in fp64.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self.dim, self.device = dim, device
+        self.task = torch.zeros(0, dtype=torch.long)
+        self.moments = ClassMoments.empty(0, dim)
+        self.losses: dict[int, Tensor] = {}  # loss of every kappa on each task's images, never recomputed
+        self.distances: dict[int, tuple[float, float]] = {}  # (q95, standard deviation) of each task's own images
+        self._before = self.moments.scatter  # scatter without the latest task
+        self._refresh()
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks with rows."""
+        return int(self.task.max()) + 1 if len(self.task) else 0
+
+    @property
+    def kappa(self) -> float:
+        """The temperature with the smallest loss summed over tasks; the largest among equals."""
+        if not self.losses:
+            return 1.0
+        total = torch.stack([self.losses[t] for t in sorted(self.losses)]).sum(0)
+        return float(KAPPAS[total <= total.min()].max())
+
+    def replace(self, task: int, new: ClassMoments) -> None:
+        """Adds the rows of ``task``, or replaces them if it is the latest task (rows of two passes are never added up)."""
+        if task != self.tasks - 1:
+            self._before = self.moments.scatter
+        old = self.task < task
+        count, mean = self.moments.count[old], self.moments.mean[old]
+        self.task = torch.cat([self.task[old], torch.full((len(new.count),), task)])
+        self.moments = ClassMoments(torch.cat([count, new.count]), torch.cat([mean, new.mean]), self._before + new.scatter)
+        self._refresh()
+
+    def fit(self, task: int, features: Tensor, labels: Tensor) -> None:
+        """Stores the kappa losses and the distances of ``task`` from its images (n, d), against the rows that exist now."""
+        own = self.own(task, labels, features)
+        scores, row = self.scores(features, own).cpu().double(), own.row.cpu()
+        counted = (self._count[own.row] > 1).cpu()
+        losses = [-(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()]
+        self.losses[task] = torch.stack(losses)
+        nearest = self.distance(features, own)[0].cpu()[counted].double()
+        if len(nearest):
+            spread = float(nearest.std(unbiased=False))
+            q95 = float(nearest.quantile(0.95))
+            self.distances[task] = (q95, max(spread, 1e-3 * q95, 1e-12))
+        else:  # no image to leave out: a Gaussian of d dimensions lies about sqrt(d) from its mean, give or take 1/sqrt(2)
+            self.distances[task] = (self.dim**0.5, 2**-0.5)
+
+    def own(self, task: int, labels: Tensor, f0: Tensor) -> Own:
+        """Rows and features for leave-one-out scores of images with ``labels`` (n,) inside ``task``."""
+        first = int((self.task < task).sum())
+        return Own(labels.to(self.device) + first, f0.to(self.device))
+
+    def scores(self, f: Tensor, own: Own | None = None) -> Tensor:
+        """Row scores ``s`` (n, R), up to a constant per image; the own row's mean leaves the image out if ``own`` is given."""
+        z = self._whiten(f)
+        scores = z @ self._nu.T - self._nu.square().sum(1) / 2
+        if own is None:
+            return scores
+        nu = self._left_out(own)
+        value = (z * nu).sum(1) - nu.square().sum(1) / 2
+        alone = (self._count[own.row] <= 1) & (len(self._count) > 1)  # without its only image the row does not exist
+        return scores.scatter(1, own.row[:, None], torch.where(alone, -torch.inf, value)[:, None])
+
+    def log_q(self, f: Tensor, own: Own | None = None) -> Tensor:
+        """Log-posterior over rows (n, R), uniform prior over rows."""
+        return (self.kappa * self.scores(f, own)).log_softmax(1)
+
+    def by_task(self, log_q: Tensor) -> Tensor:
+        """Log-posterior over tasks (n, T) from that over rows."""
+        return sum_rows(log_q, self.task.to(log_q.device), self.tasks)
+
+    def distance(self, f: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest Mahalanobis distance to a row's mean (n,) and the row it belongs to (n,)."""
+        z = self._whiten(f)
+        square = z.square().sum(1, keepdim=True) - 2 * self.scores(f, own)
+        best, row = square.min(1)
+        return best.clamp(min=0).sqrt(), row
+
+    def familiarity(self, f: Tensor, own: Own | None = None) -> Tensor:
+        """``sigmoid((q95 - m) / s)`` (n,), q95 and s those of the nearest row's task."""
+        nearest, row = self.distance(f, own)
+        task = self.task.to(row.device)[row]
+        table = torch.tensor([self.distances.get(t, (self.dim**0.5, 2**-0.5)) for t in range(self.tasks)], device=f.device)
+        return ((table[task, 0] - nearest) / table[task, 1]).sigmoid()
+
+    def move(self, drift: Tensor) -> None:
+        """Moves all rows by the linear map ``drift`` (d, d): ``mu M`` and ``M^T scatter M`` (after SLDC, 2511.09926)."""
+        m = self.moments
+        self.moments = ClassMoments(m.count, m.mean @ drift, drift.T @ m.scatter @ drift)
+        self._refresh()
+
+    def state(self) -> dict[str, Tensor]:
+        """Statistics of all rows (fp64), kappa losses and distances of every task."""
+        m = self.moments
+        tensors = {"task": self.task, "count": m.count, "mean": m.mean, "scatter": m.scatter}
+        for task, losses in self.losses.items():
+            tensors[f"fit.{task}"] = torch.cat([losses, torch.tensor(self.distances[task], dtype=torch.float64)])
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        self.task = tensors["task"].cpu()
+        self.moments = ClassMoments(tensors["count"].cpu(), tensors["mean"].cpu(), tensors["scatter"].cpu())
+        for name in sorted((n for n in tensors if n.startswith("fit.")), key=lambda n: int(n.split(".")[1])):
+            task, values = int(name.split(".")[1]), tensors[name].cpu()
+            self.losses[task] = values[:-2]
+            self.distances[task] = (float(values[-2]), float(values[-1]))
+        self._refresh()
+
+    def _whiten(self, f: Tensor) -> Tensor:
+        return (f.float() - self._centre) @ self._map
+
+    def _left_out(self, own: Own) -> Tensor:
+        n = self._count[own.row].clamp(min=2)[:, None]
+        return (n * self._nu[own.row] - self._whiten(own.f0)) / (n - 1)
+
+    def _refresh(self) -> None:
+        m = self.moments
+        sigma0 = m.scatter / max(float(m.count.sum()) - len(m.count), 1.0)
+        ridge = max(0.1 * float(sigma0.trace()) / self.dim, 1e-4)
+        factor = torch.linalg.cholesky(sigma0 + ridge * torch.eye(self.dim, dtype=torch.float64))
+        centre = m.mean.mean(0) if len(m.mean) else torch.zeros(self.dim, dtype=torch.float64)
+        nu = torch.linalg.solve_triangular(factor, (m.mean - centre).T, upper=False).T
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(self.dim, dtype=torch.float64), upper=False).T
+        self._nu, self._map = nu.float().to(self.device), inverse.float().to(self.device)
+        self._centre, self._count = centre.float().to(self.device), m.count.float().to(self.device)
+
+
+def sum_rows(log_rows: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums probabilities given as logs (n, R) over the rows of each group (R,) -> (n, groups), as logs.
+
+    Works for tasks and for class names alike; a group without rows gets ``-inf``. The peak is taken per group: a group far below
+    the best one must not underflow, because the shares inside it are still asked for.
+    """
+    peak = log_rows.new_full((log_rows.shape[0], groups), -torch.inf)
+    peak = peak.scatter_reduce(1, group.expand_as(log_rows), log_rows, "amax")
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    total = torch.zeros_like(peak).index_add_(1, group, (log_rows - peak[:, group]).exp())
+    return total.log() + peak

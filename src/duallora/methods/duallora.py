@@ -1,0 +1,310 @@
+"""DualLoRA: an orthogonal adapter for stability, a residual adapter for plasticity, a dynamic memory that gates the second.
+
+"Dual Low-Rank Adaptation for Continual Learning with Pre-Trained Models" (arXiv 2411.00623). What is the paper's and what is ours
+stands in ``docs/method.md``, section by section in the order of this file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from duallora.adapters.inject import wrap_attention
+from duallora.adapters.lora import AdaptedQKV
+from duallora.adapters.moments import Moment, TokenReader, gather_moments
+from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, orthonormal, own_directions
+from duallora.backbones import Backbone
+from duallora.errors import DualLoRAError
+from duallora.methods.base import Loader, Method, MethodConfig, TaskInfo
+from duallora.relevance import DynamicMemory, EnergyMemory, GatePoint, part
+
+Place = tuple[int, str]  # (layer, group of projections that share a second moment)
+
+
+@dataclass(frozen=True)
+class DualLoRAConfig(MethodConfig):
+    """Fields of DualLoRA; the first value of a choice is the default.
+
+    Attributes:
+        rank: r, rank of the orthogonal adapter.
+        residual_rank: r_R, rank of the residual adapter.
+        projections: which of q, k and v are adapted.
+        moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
+        orthogonal_update: A fixed inside the complement, or trained and projected after each step.
+        energy_threshold: eps, share of a task's energy that is protected afterwards.
+        residual: where the residual adapter's bases come from.
+        relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
+        gate: where the gate reads: once at the first adapted layer, at each adapted layer, or nowhere (all weights 1).
+        first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
+        gate_suppress: multiply the weights by the familiarity of the image.
+        top_tasks: most residual adapters that act on one image.
+        learning_rate: Adam's learning rate of the adapters, cosine to zero.
+        drift: whether old rows follow the linear drift of the final features.
+    """
+
+    rank: int = 10
+    residual_rank: int = 10
+    projections: Literal["kv", "qv", "qkv"] = "kv"
+    moments: Literal["tokens", "class_token"] = "tokens"
+    orthogonal_update: Literal["designed", "projected"] = "designed"
+    energy_threshold: float = 0.95
+    residual: Literal["next", "protected", "own", "none"] = "next"
+    relevance: Literal["gaussian", "energy"] = "gaussian"
+    gate: Literal["first", "layer", "off"] = "first"
+    first_adapted_layer: int | None = None
+    gate_suppress: bool = False
+    top_tasks: int = 4
+    learning_rate: float = 2e-3
+    drift: Literal["none", "linear"] = "none"
+
+    def __post_init__(self) -> None:
+        """Refuses combinations that contradict each other.
+
+        Raises:
+            DualLoRAError: naming the fields.
+        """
+        super().__post_init__()
+        if not 0 < self.energy_threshold <= 1:
+            raise DualLoRAError(f"energy_threshold must lie in (0, 1], not {self.energy_threshold}.")
+        if self.drift == "linear" and self.class_model == "random_features":
+            raise DualLoRAError("drift='linear' moves Gaussian rows; it cannot move class_model='random_features'.")
+        if self.first_adapted_layer == 0 and self.gate == "first":
+            raise DualLoRAError("first_adapted_layer=0 leaves no frozen layer for gate='first'; take gate='layer' or 'off'.")
+
+
+class DualLoRA(Method):
+    """The method; see :class:`duallora.methods.base.Method` for the hooks and their order."""
+
+    readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
+    config: DualLoRAConfig
+
+    def __init__(self, backbone: Backbone, config: DualLoRAConfig, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        layers = adapted_layers(backbone, config.first_adapted_layer)
+        groups = [config.projections] if config.moments == "tokens" else list(config.projections)
+        selected = config.top_tasks if config.gate != "off" else 1 << 30
+        self.adapted: dict[int, AdaptedQKV] = {
+            layer: module
+            for layer, module in wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, groups, selected)).items()
+            if isinstance(module, AdaptedQKV)
+        }
+        self.subspaces: dict[Place, Subspace] = {
+            (layer, group): Subspace(module.dim) for layer, module in self.adapted.items() for group in groups
+        }
+        self.memory = DynamicMemory(config.gate, self._gate_points(layers, groups[-1]), _reader(backbone))
+        if config.residual != "none":
+            for layer, module in self.adapted.items():
+                module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
+        self._start: tuple[Tensor, Tensor] | None = None  # final features before the task, only with drift
+
+    # -- before the task -------------------------------------------------------------------------------------------
+
+    def prepare(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass with the model as the last task left it: gate rows, bases A_t and Psi_t, and (with drift) features."""
+        super().prepare(task, loader)
+        moments, features, labels = self._pass(loader, task)
+        self._start = (features, labels) if self.config.drift == "linear" else None
+        blocks = {p: s.new_block(moments[p].value, self.config.energy_threshold) for p, s in self._energy_places(task)}
+        self._update_gate(task, labels, blocks)
+        for place, subspace in self.subspaces.items():
+            self._open(task, place, subspace, moments[place].value)
+
+    def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
+        """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
+        config = self.config
+        free = subspace.design(moment)
+        a = free[:, : config.rank]
+        if not a.shape[1]:
+            warnings.warn(
+                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; the orthogonal "
+                f"adapter learns nothing there in task {task.name!r}. A lower energy_threshold leaves more room.",
+                stacklevel=2,
+            )
+        candidates = {
+            "next": lambda: free[:, config.rank :],
+            "protected": lambda: subspace.protected(moment),
+            "own": lambda: own_directions(moment, a),
+            "none": lambda: free[:, :0],
+        }
+        psi = candidates[config.residual]()[:, : config.residual_rank]
+        a, psi = (basis.float().to(self.device) for basis in (a * DESIGNED_SCALE, psi))
+        train_a = config.orthogonal_update == "projected"
+        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, train_a)
+
+    # -- during the task -------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """B_t, C_t (and A_t if it is trained) beside the head."""
+        adapters = [p for m in self.adapted.values() for p in m.parameters() if p.requires_grad]
+        return [*super().parameter_groups(), {"params": adapters, "lr": self.config.learning_rate}]
+
+    def loss(self, batch: Any) -> Tensor:
+        """Cross-entropy on the current classes, each image left out of its own row in the gate."""
+        with self.memory.own_images(batch.labels, batch.indices):
+            return super().loss(batch)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """``orthogonal_update="projected"``: takes the parameter A_t off ``[Phi, Psi_t]``, which Adam's step does not respect."""
+        if self.config.orthogonal_update == "designed":
+            return
+        for (layer, group), subspace in self.subspaces.items():
+            adapter = self.adapted[layer].groups[group]
+            if adapter.a is not None:
+                psi = subspace.phi[:, :0] if adapter.psi is None else adapter.psi.cpu().double()
+                taken = orthonormal(torch.cat([subspace.phi, psi], 1)).float().to(self.device)
+                adapter.a -= taken @ (taken.T @ adapter.a)
+
+    # -- after the task --------------------------------------------------------------------------------------------
+
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """Merges O, freezes R; a pass over the task's images grows ``Phi`` and replaces the rows of the gate."""
+        self.orthogonal_norm, self.residual_norm = self._norms()
+        for module in self.adapted.values():
+            module.merge()
+        if self._start is not None and task.index > 0 and len(task.classes) > 1:
+            self._follow_drift(task, loader)
+        moments, features, labels = self._pass(loader, task, own=True)
+        for place, subspace in self.subspaces.items():
+            subspace.grow(moments[place].value, self.config.energy_threshold)
+        blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places(task)}
+        self._update_gate(task, labels, blocks)
+        self.remember(task, features, labels)
+        self._start = None
+
+    def _follow_drift(self, task: TaskInfo, loader: Loader) -> None:
+        """Moves the old rows by ``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d``.
+
+        X: final features before the task; Y: after it as an old image meets the model, R_t off and the gate over earlier tasks.
+        """
+        if self._start is None:
+            return
+        self.memory.limit = task.index
+        try:
+            after, _ = self.observe(loader)
+        finally:
+            self.memory.limit = None
+        x, y = self._start[0].cpu().double(), after.cpu().double()
+        gram = x.T @ x
+        eye = torch.eye(len(gram), dtype=torch.float64)
+        ridge = 0.01 * float(gram.trace()) / len(gram)
+        self.rows.move(eye + torch.linalg.solve(gram + ridge * eye, x.T @ (y - x)))
+
+    @torch.no_grad()
+    def _norms(self) -> tuple[float, float]:
+        """``|A_t B_t| / |W_0|`` and ``|Psi_t C_t| / |W_0|`` (Frobenius), mean over adapted layers and groups."""
+        orthogonal, residual = [], []
+        for layer, group in self.subspaces:
+            adapter, frozen = self.adapted[layer].groups[group], self.adapted[layer].frozen_weight(group).norm()
+            orthogonal.append(0.0 if adapter.a is None or adapter.b is None else float((adapter.a @ adapter.b).norm() / frozen))
+            residual.append(0.0 if adapter.psi is None or adapter.c is None else float((adapter.psi @ adapter.c).norm() / frozen))
+        return sum(orthogonal) / len(orthogonal), sum(residual) / len(residual)
+
+    # -- readouts --------------------------------------------------------------------------------------------------
+
+    def task_posterior(self, log_q: Tensor) -> Tensor:
+        """From the rows on the final feature; with ``relevance="energy"`` and ``calibration="task"`` from the gate's energies."""
+        if self.config.relevance == "energy" and self.config.calibration == "task":
+            layer, point = next(iter(self.memory.points.items()))
+            if point.energy is not None:
+                return point.energy.log_posterior(self.memory.features[layer])
+        return super().task_posterior(log_q)
+
+    def gate_weights(self) -> Tensor | None:
+        """Weights of the residual adapters in the latest pass (n, T)."""
+        return None if self.config.residual == "none" else self.memory.mean_weights()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Updates, bases, subspaces, gate points, heads and rows."""
+        tensors = super().state()
+        for (layer, group), subspace in self.subspaces.items():
+            place = f"layers.{layer}.{group}"
+            tensors |= {f"{place}.{name}": x for name, x in self.adapted[layer].groups[group].state().items()}
+            tensors[f"{place}.phi"] = subspace.phi
+            tensors[f"{place}.sizes"] = torch.tensor(subspace.sizes, dtype=torch.long)
+        for layer, point in self.memory.points.items():
+            tensors |= {f"gate.{layer}.{name}": x for name, x in point.state().items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        super().load_state(tensors)
+        for (layer, group), subspace in self.subspaces.items():
+            own = part(tensors, f"layers.{layer}.{group}")
+            subspace.phi, subspace.sizes = own["phi"].cpu(), own["sizes"].tolist()
+            self.adapted[layer].groups[group].load_state({name: x.to(self.device) for name, x in own.items()})
+        for module in self.adapted.values():
+            module.refresh()
+        for layer, point in self.memory.points.items():
+            point.load_state(part(tensors, f"gate.{layer}"))
+        self.memory.tasks = len(self.heads.tasks)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _gate_points(self, layers: list[int], group: str) -> dict[int, GatePoint]:
+        """Gate points by layer; the bases of relevance by energy are those of v where projections have bases of their own."""
+        config, energy = self.config, self.config.relevance == "energy"
+        posterior = energy and config.calibration == "task"
+        if (config.residual == "none" or config.gate == "off") and not posterior:
+            return {}
+        read = layers if config.gate == "layer" and config.residual != "none" else layers[:1]
+        points = {}
+        for layer in read:
+            memory = EnergyMemory(self.subspaces[layer, group], self.device) if energy else None
+            points[layer] = GatePoint(
+                self.adapted[layer].dim, self.device, config.top_tasks, config.gate_suppress, memory
+            )
+        return points
+
+    def _energy_places(self, task: TaskInfo) -> list[tuple[Place, Subspace]]:
+        return [
+            ((layer, group), subspace)
+            for (layer, group), subspace in self.subspaces.items()
+            if layer in self.memory.points and group[-1] == "v" and self.memory.points[layer].energy is not None
+        ]
+
+    def _update_gate(self, task: TaskInfo, labels: Tensor, blocks: dict[Place, Tensor]) -> None:
+        """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
+        by_layer = {layer: block for (layer, _), block in blocks.items()}
+        for layer, point in self.memory.points.items():
+            point.observe(task.index, self._features[layer], labels, len(task.classes), by_layer.get(layer))
+        self.memory.tasks = task.index + 1
+
+    @torch.no_grad()
+    def _pass(self, loader: Loader, task: TaskInfo, own: bool = False) -> tuple[dict[Place, Moment], Tensor, Tensor]:
+        """A pass without gradients: moments, final features (n, d), labels (n,); gate features are left in ``_features``."""
+        attentions = {layer: self.backbone.attention(layer) for layer in self.adapted}
+        features, labels = [], []
+        gathered: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.points}
+        with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
+            for batch in loader():
+                with self.memory.own_images(batch.labels, batch.indices) if own else nullcontext():
+                    features.append(self.backbone(batch.images).float())
+                labels.append(batch.labels)
+                for layer, found in gathered.items():
+                    found.append(self.memory.features[layer])
+        self._features = {layer: torch.cat(found) for layer, found in gathered.items()}
+        return moments, torch.cat(features), torch.cat(labels)
+
+
+def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
+    """Layers that carry adapters: from ``first`` (default ``max(1, depth // 3)``) to the top.
+
+    Raises:
+        DualLoRAError: if no layer is left.
+    """
+    start = max(1, backbone.depth // 3) if first is None else first
+    if not start < backbone.depth:
+        raise DualLoRAError(f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}.")
+    return list(range(start, backbone.depth))
+
+
+def _reader(backbone: Backbone) -> TokenReader:
+    return TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)

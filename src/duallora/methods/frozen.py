@@ -1,0 +1,28 @@
+"""Frozen backbone: linear heads alone, or with the class rows and the calibration that DualLoRA uses. Controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from duallora.methods.base import Method, MethodConfig
+
+
+@dataclass(frozen=True)
+class LinearConfig(MethodConfig):
+    """Fields of the linear probe: those of every method."""
+
+
+@dataclass(frozen=True)
+class FrozenConfig(MethodConfig):
+    """Fields of frozen features with rows and calibration: those of every method."""
+
+
+class Linear(Method):
+    """Linear probe: no adapters, arg-max over the concatenated heads."""
+
+
+class Frozen(Method):
+    """No adapters; heads, rows and calibration as in DualLoRA: what a gain of the adapters is measured against."""
+
+    readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"

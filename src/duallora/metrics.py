@@ -1,0 +1,232 @@
+"""Figures of a continual learner, from integer hits.
+
+Everything here is a pure function. A test image counts as a hit or not; hits of a task are integers, and a
+fraction is formed once, at the end. Tasks are integers from 0 on, in the order in which they were learned,
+and are never keyed or sorted as strings.
+
+Conventions: ``n`` images, ``R`` rows, a row being a (task, class) pair, ``C`` classes seen so far, ``T``
+tasks. ``rows[t][i]`` are the hits on the test images of task ``i`` after task ``t`` was learned, ``i <= t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+if TYPE_CHECKING:
+    from duallora.outputs import Outputs
+
+CALIBRATION_BINS = 15
+READOUTS = ("heads", "calibrated")
+
+Matrix = list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Right answers among the test images of one task, under one readout.
+
+    Attributes:
+        images: Number of test images.
+        label: The class of largest probability among all seen classes is the right one.
+        given_task: The same with the probabilities restricted to the rows of the true task.
+        row: The row of largest probability is that of the right class in the right task.
+        task: The row of largest probability belongs to the right task.
+    """
+
+    images: int
+    label: int
+    given_task: int
+    row: int
+    task: int
+
+
+def log_rows(outputs: Outputs, readout: str) -> Tensor:
+    """Log-probabilities of the rows under a readout, (n, R).
+
+    Raises:
+        ValueError: If the readout is unknown or the method does not have it.
+    """
+    if readout not in READOUTS:
+        raise ValueError(f"unknown readout {readout!r}, expected one of {READOUTS}")
+    scores: Tensor | None = outputs.heads if readout == "heads" else outputs.calibrated
+    if scores is None:
+        raise ValueError("this method has no calibrated probabilities")
+    return scores
+
+
+def readouts_of(outputs: Outputs) -> tuple[str, ...]:
+    """The readouts that the method behind these outputs has."""
+    return READOUTS if outputs.calibrated is not None else READOUTS[:1]
+
+
+def class_probabilities(outputs: Outputs, readout: str) -> Tensor:
+    """Probability of every seen class, the sum over its rows: (n, C), float64, column = class index."""
+    rows = log_rows(outputs, readout).double().exp()
+    classes = int(outputs.row_class.max()) + 1
+    return rows.new_zeros(len(rows), classes).index_add_(1, outputs.row_class, rows)
+
+
+def predicted_tasks(outputs: Outputs, readout: str) -> Tensor:
+    """Task of the row of largest probability, (n,)."""
+    return outputs.row_task[log_rows(outputs, readout).argmax(dim=1)]
+
+
+def count_hits(outputs: Outputs, readout: str, labels: Tensor, task: int) -> Hits:
+    """Counts the right answers on test images that all belong to one task.
+
+    Args:
+        outputs: What the learner says about the images.
+        readout: ``"heads"`` or ``"calibrated"``.
+        labels: (n,) true class indices, as in ``outputs.row_class``.
+        task: The true task.
+    """
+    scores = log_rows(outputs, readout)
+    own = (outputs.row_task == task).nonzero().squeeze(1)
+    best = scores.argmax(dim=1)
+    right_task = outputs.row_task[best] == task
+    by_class = class_probabilities(outputs, readout).argmax(dim=1)
+    given_task = outputs.row_class[own[scores[:, own].argmax(dim=1)]]
+    return Hits(
+        images=len(labels),
+        label=int((by_class == labels).sum()),
+        given_task=int((given_task == labels).sum()),
+        row=int((right_task & (outputs.row_class[best] == labels)).sum()),
+        task=int(right_task.sum()),
+    )
+
+
+def top_class(outputs: Outputs, readout: str, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest class probability and whether that class is right: two (n,) tensors, float64 and bool."""
+    confidence, predicted = class_probabilities(outputs, readout).max(dim=1)
+    return confidence, predicted == labels
+
+
+def calibration_error(confidence: Tensor, correct: Tensor) -> float | None:
+    """Expected calibration error on the top class, ``sum_b n_b/n |accuracy_b - confidence_b|`` over 15 bins.
+
+    Args:
+        confidence: (n,) probability of the predicted class.
+        correct: (n,) whether the predicted class is right.
+
+    Returns:
+        The error in [0, 1]; None where it is undefined (no image, or a probability that is not finite).
+    """
+    if len(confidence) == 0 or not bool(torch.isfinite(confidence).all()):
+        return None
+    # torchmetrics gives a probability of exactly 1 a sixteenth bin of its own, and takes values beyond 1
+    # (rounding) for logits: both are avoided by staying just below 1.
+    confidence = confidence.double().clamp(0.0, 1.0 - torch.finfo(torch.float64).eps)
+    error = binary_calibration_error(confidence, correct.long(), n_bins=CALIBRATION_BINS, norm="l1")
+    return float(error)
+
+
+def feature_drift(now: Tensor, then: Tensor) -> float:
+    """Relative change of features: mean over images of ``|now - then| / |then|``; both (n, d), same order."""
+    if now.shape != then.shape:
+        raise ValueError(f"features of different shapes: {tuple(now.shape)} and {tuple(then.shape)}")
+    reference = then.double()
+    norms = reference.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(((now.double() - reference).norm(dim=1) / norms).mean())
+
+
+def accuracy_matrix(rows: Sequence[Sequence[Hits]], kind: str = "label") -> Matrix:
+    """T x T matrix, row = after task t, column = task i; None where task i was not yet seen.
+
+    Args:
+        rows: ``rows[t]`` holds t + 1 entries.
+        kind: Field of `Hits` that counts as right.
+
+    Raises:
+        ValueError: If the rows are not a triangle, a task's number of images changes, or a task has none.
+    """
+    _check(rows)
+    tasks = len(rows)
+    return [[_share(hits, kind) for hits in row] + [None] * (tasks - len(row)) for row in rows]
+
+
+def accuracy(row: Sequence[Hits], kind: str = "label") -> float:
+    """Hits over images, all tasks of a row together: every image counts the same."""
+    return sum(_count(hits, kind) for hits in row) / sum(hits.images for hits in row)
+
+
+def task_mean_accuracy(row: Sequence[Hits], kind: str = "label") -> float:
+    """Mean over tasks of the accuracy of each: every task counts the same."""
+    return sum(_share(hits, kind) for hits in row) / len(row)
+
+
+def incremental_accuracy(rows: Sequence[Sequence[Hits]], kind: str = "label") -> list[float]:
+    """Accuracy over all test images seen so far, after every task: T values."""
+    return [accuracy(row, kind) for row in rows]
+
+
+def forgetting(rows: Sequence[Sequence[Hits]], kind: str = "label") -> float:
+    """Mean over earlier tasks of (best accuracy after any task) - (final accuracy); 0 with a single task."""
+    _check(rows)
+    last = len(rows) - 1
+    drops = [
+        (max(_count(rows[t][i], kind) for t in range(i, last + 1)) - _count(rows[last][i], kind))
+        / rows[last][i].images
+        for i in range(last)
+    ]
+    return sum(drops) / len(drops) if drops else 0.0
+
+
+def backward_transfer(rows: Sequence[Sequence[Hits]], kind: str = "label") -> float:
+    """Mean over earlier tasks of (final accuracy) - (accuracy right after the task); 0 with a single task."""
+    _check(rows)
+    last = len(rows) - 1
+    gains = [
+        (_count(rows[last][i], kind) - _count(rows[i][i], kind)) / rows[last][i].images for i in range(last)
+    ]
+    return sum(gains) / len(gains) if gains else 0.0
+
+
+def summary(rows: Sequence[Sequence[Hits]], error: float | None) -> dict[str, Any]:
+    """All figures of one readout, named as in ``results.json``.
+
+    Args:
+        rows: Hits after every task.
+        error: The calibration error over all test images after the last task.
+    """
+    curve = incremental_accuracy(rows)
+    return {
+        "accuracy_matrix": accuracy_matrix(rows),
+        "oracle_accuracy_matrix": accuracy_matrix(rows, "given_task"),
+        "incremental_accuracy": curve,
+        "final_accuracy": curve[-1],
+        "final_row_accuracy": accuracy(rows[-1], "row"),
+        "final_accuracy_task_mean": task_mean_accuracy(rows[-1]),
+        "average_incremental_accuracy": sum(curve) / len(curve),
+        "forgetting": forgetting(rows),
+        "forgetting_given_task": forgetting(rows, "given_task"),
+        "backward_transfer": backward_transfer(rows),
+        "task_identity_accuracy": accuracy(rows[-1], "task"),
+        "calibration_error": error,
+    }
+
+
+def _count(hits: Hits, kind: str) -> int:
+    return int(getattr(hits, kind))
+
+
+def _share(hits: Hits, kind: str) -> float:
+    return _count(hits, kind) / hits.images
+
+
+def _check(rows: Sequence[Sequence[Hits]]) -> None:
+    if not rows:
+        raise ValueError("no evaluated task")
+    for t, row in enumerate(rows):
+        if len(row) != t + 1:
+            raise ValueError(f"after task {t} there must be hits on {t + 1} tasks, not {len(row)}")
+        for i, hits in enumerate(row):
+            if hits.images < 1:
+                raise ValueError(f"task {i} has no test image")
+            if hits.images != rows[i][i].images:
+                raise ValueError(f"the number of test images of task {i} changed")

@@ -1,0 +1,126 @@
+"""What a learner gives back: records of tasks, raw outputs, evaluations, predictions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One learned task; saved with the model.
+
+    Attributes:
+        name: given by the user, unique in a model.
+        classes: class names in the order of the task's rows.
+        learned_at: UTC, ISO 8601.
+        train_images: number of training images.
+        prepare_seconds: pass before training, with the bases.
+        learn_seconds: training.
+        consolidate_seconds: merge and pass after training.
+        trainable_parameters: trained in this task; 0 where training was skipped.
+        stored_bytes: of the whole saved state after this task, the backbone left out.
+        orthogonal_norm: norm of the task's merged update over that of ``W_0``, mean over adapted layers; None without.
+        residual_norm: the same for the gated update.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    learned_at: str
+    train_images: int
+    prepare_seconds: float
+    learn_seconds: float
+    consolidate_seconds: float
+    trainable_parameters: int
+    stored_bytes: int
+    orthogonal_norm: float | None
+    residual_norm: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self) | {"classes": list(self.classes)}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> TaskRecord:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**(record | {"classes": tuple(record["classes"])}))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Raw outputs on the CPU: n images, R rows (a row is a class of a task), T tasks.
+
+    Attributes:
+        heads: log-softmax over the concatenated heads (n, R).
+        calibrated: calibrated log-probabilities of the rows (n, R), or None with ``calibration="none"``.
+        task_posterior: log p(t|f) (n, T), or None where a method has none.
+        familiarity: how well an image fits anything learned (n,), in [0, 1].
+        gate: weights of the residual adapters (n, T), or None where a method has none.
+        features: final features (n, d).
+        row_task: task of each row (R,).
+        row_class: class of each row (R,), index into ``ContinualLearner.classes``.
+        readout: the readout that is the method's own answer.
+    """
+
+    heads: Tensor
+    calibrated: Tensor | None
+    task_posterior: Tensor | None
+    familiarity: Tensor | None
+    gate: Tensor | None
+    features: Tensor
+    row_task: Tensor
+    row_class: Tensor
+    readout: str
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Accuracy on the images whose class belongs to a task (the latest one that has the class)."""
+
+    name: str
+    accuracy: float | None
+    images: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy on labelled images.
+
+    Attributes:
+        accuracy: share of images whose class is right.
+        tasks: the same per task.
+        task_confusion: T x T counts, row = task of the true class, column = task of the predicted row.
+        calibration_error: expected calibration error of the top class probability, 15 equal-width bins.
+        images: number of images.
+    """
+
+    accuracy: float
+    tasks: tuple[TaskAccuracy, ...]
+    task_confusion: tuple[tuple[int, ...], ...]
+    calibration_error: float | None
+    images: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the learner says of one image.
+
+    Attributes:
+        path: file of the image, or None if it did not come from a file.
+        label: most probable class name.
+        probability: its probability, summed over the tasks that taught it.
+        task: most probable task, arg-max of p(t|f).
+        task_confidence: its probability.
+        unknown: 1 - familiarity: how little the image fits anything learned.
+        top: class names and probabilities, best first.
+    """
+
+    path: str | None
+    label: str
+    probability: float
+    task: str
+    task_confidence: float
+    unknown: float
+    top: tuple[tuple[str, float], ...]

@@ -1,0 +1,48 @@
+"""Progress: bars on a terminal, plain lines elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+T = TypeVar("T")
+_SILENCE = 30.0  # seconds without a line before a long loop says where it is, when there is no terminal
+
+
+class Progress:
+    """Tells a person what is going on.
+
+    Args:
+        console: where to write; the default is stderr.
+        quiet: say nothing at all.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console if console is not None else Console(stderr=True)
+        self.quiet = quiet
+
+    def line(self, text: str) -> None:
+        """Writes one line."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+        """Yields the items with a bar (terminal) or a line every half minute (elsewhere)."""
+        if self.quiet:
+            yield from items
+        elif self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Bars(*columns, console=self.console, transient=True) as bars:
+                yield from bars.track(items, total=total, description=label)
+        else:
+            said = time.monotonic()
+            for done, item in enumerate(items):
+                if time.monotonic() - said > _SILENCE:
+                    self.line(f"{label}: {done} of {total}")
+                    said = time.monotonic()
+                yield item

@@ -1,0 +1,215 @@
+"""The folder of one run: what was asked, how far it has come, and what it left behind.
+
+``run.json`` is written first and says which run the folder belongs to; ``results.json`` is written last and
+says that it is finished. Between the two, ``progress.json`` holds the hits of every finished task, and
+``progress/features-<t>.safetensors`` the final features of task t's test images right after it was learned.
+Every file is replaced whole, so that an interruption at any point leaves a folder that can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from duallora.checkpoint import exclusive, remove_leftovers, write_atomic
+from duallora.errors import DualLoRAError
+from duallora.metrics import Hits
+from duallora.results import Row
+
+_RUN, _PROGRESS, _RESULTS, _LOG = "run.json", "progress.json", "results.json", "log.jsonl"
+
+
+class RunDirectory:
+    """Reads and writes the files of a run.
+
+    Args:
+        path: The folder; need not exist yet.
+        identity: What was asked, ready for JSON: a run is resumed only under the same identity.
+
+    Attributes:
+        model: Where the run's model is saved.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.model = path / "model"
+        self._identity = json.loads(json.dumps(identity))
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Holds the folder for this process; creates it, or takes up the unfinished run in it.
+
+        Raises:
+            DualLoRAError: The folder holds something else, another run or a finished run, or is in use.
+                Nothing in it has been touched then.
+        """
+        self._admit()  # before the lock, which creates a file
+        with exclusive(self.path):
+            self._admit()
+            remove_leftovers(self.path)
+            if not (self.path / _RUN).exists():
+                write_atomic(self.path / _RUN, _json(self._identity))
+            yield
+
+    def results(self) -> dict[str, Any] | None:
+        """What the finished run wrote, or None."""
+        return self._read(_RESULTS)
+
+    def has_model(self) -> bool:
+        """Whether a first task was learned and saved."""
+        return (self.model / "model.json").exists()
+
+    def rows(self) -> list[Row]:
+        """Evaluations of the tasks that are finished, as far as their features are there too."""
+        stored = self._read(_PROGRESS)
+        rows: list[Row] = []
+        try:
+            for row in [] if stored is None else stored["rows"]:
+                if not self._features(len(rows)).exists():
+                    break
+                rows.append({readout: [Hits(**hits) for hits in entries] for readout, entries in row.items()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _damaged(self.path / _PROGRESS) from error
+        return rows
+
+    def finish_task(self, rows: Sequence[Row], features: Tensor) -> None:
+        """Finishes a task: records its row and the final features (n, d) of its test images."""
+        path = self._features(len(rows) - 1)
+        with _as_user_error(self.path):
+            path.parent.mkdir(exist_ok=True)
+        write_atomic(path, safetensors.torch.save({"features": features.contiguous()}))
+        plain = [
+            {readout: [asdict(hits) for hits in entries] for readout, entries in row.items()} for row in rows
+        ]
+        write_atomic(self.path / _PROGRESS, _json({"rows": plain}))
+
+    def features(self, task: int) -> Tensor:
+        """Final features (n, d) of a task's test images right after it was learned."""
+        path = self._features(task)
+        try:
+            return safetensors.torch.load(path.read_bytes())["features"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise _damaged(path) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file of the finished run."""
+        write_atomic(self.path / name, data)
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Adds a line to ``log.jsonl``."""
+        path = self.path / _LOG
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields})
+        # Rewritten whole, so that a line is never torn; a run has a few lines a task.
+        write_atomic(path, (path.read_bytes() if path.exists() else b"") + line.encode() + b"\n")
+
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes ``results.json``, which marks the run as finished, and removes what only a resume needs.
+
+        Returns:
+            What was written: the results with null for numbers that are not finite.
+        """
+        written: dict[str, Any] = _finite(results)
+        write_atomic(self.path / _RESULTS, _json(written))
+        self.clean()
+        return written
+
+    def clean(self) -> None:
+        """Removes the progress files of a run whose results are written."""
+        folder = self.path / "progress"
+        with _as_user_error(self.path):
+            if folder.exists():
+                remove_leftovers(folder)
+                for path in folder.glob("features-*.safetensors"):
+                    path.unlink()
+                folder.rmdir()
+            (self.path / _PROGRESS).unlink(missing_ok=True)
+
+    def _admit(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise DualLoRAError(f"{self.path} is a file; name a folder for the run.")
+        stored = self._read(_RUN)
+        if stored is None:
+            # A hidden lock or temporary file may be all that an early interruption left.
+            if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+                raise DualLoRAError(
+                    f"{self.path} holds files that are not from a run; name a new or an empty folder."
+                )
+            return
+        if stored != self._identity:
+            raise DualLoRAError(
+                f"{self.path} belongs to another run ({_difference(stored, self._identity)}); name another "
+                "folder, or repeat the first command to resume it."
+            )
+        if (self.path / _RESULTS).exists() and not self._unclean():
+            raise DualLoRAError(f"{self.path} holds a finished run; name another folder to run again.")
+
+    def _unclean(self) -> bool:
+        return (self.path / _PROGRESS).exists() or (self.path / "progress").exists()
+
+    def _features(self, task: int) -> Path:
+        return self.path / "progress" / f"features-{task}.safetensors"
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise _damaged(path) from error
+        if not isinstance(content, dict):
+            raise _damaged(path)
+        return content
+
+
+def _damaged(path: Path) -> DualLoRAError:
+    return DualLoRAError(f"{path} cannot be read; the run cannot be resumed: name another folder.")
+
+
+@contextmanager
+def _as_user_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DualLoRAError(
+            f"{folder} could not be written: {error.strerror or error}; make it writable."
+        ) from error
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have, as a diverged training leaves them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _difference(stored: Any, asked: Any, name: str = "") -> str:
+    """The first key in which two identities differ, with both values."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for key in [*asked, *stored]:
+            if key not in stored or key not in asked or stored[key] != asked[key]:
+                return _difference(stored.get(key), asked.get(key), f"{name}.{key}" if name else key)
+    return f"{name}: {_short(stored)} there, {_short(asked)} asked for"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,28 @@
+"""Streams: data sets turned into tasks that are learned one after another."""
+
+from __future__ import annotations
+
+from duallora.streams.digits import DigitsDataset, digits
+from duallora.streams.domains import DOMAINS, with_domains
+from duallora.streams.folder import FolderDataset, evaluation_folder, train_and_val
+from duallora.streams.load import load
+from duallora.streams.split import split
+from duallora.streams.task import Stream, Task, TaskDataset, as_task_dataset, check_class_names, hold_back
+
+__all__ = [
+    "DOMAINS",
+    "DigitsDataset",
+    "FolderDataset",
+    "Stream",
+    "Task",
+    "TaskDataset",
+    "as_task_dataset",
+    "check_class_names",
+    "digits",
+    "evaluation_folder",
+    "hold_back",
+    "load",
+    "split",
+    "train_and_val",
+    "with_domains",
+]

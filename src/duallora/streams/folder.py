@@ -1,0 +1,177 @@
+"""Folders of images: one folder a class."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from duallora.errors import DualLoRAError
+from duallora.images import find_files, is_image_name, read_image, require_folder
+from duallora.streams.task import check_class_names
+
+_VALIDATION_NAMES = ("val", "test")
+
+Track = Callable[[list[Path]], Iterable[Path]]
+"""Goes through the paths, for instance with a progress bar."""
+
+
+class FolderDataset(Dataset[tuple[Image.Image, int]]):
+    """The images of ``FOLDER/<class>/``, also in folders below it; decoded when asked for, never before.
+
+    Hidden files, and files that lie beside the class folders, are ignored.
+
+    Attributes:
+        folder: the folder.
+        classes: the names of the class folders, sorted.
+        paths: the image files, sorted within each class.
+        targets: index into ``classes`` per path.
+        bad_images: files left out because they cannot be read (with ``skip_bad_images``).
+    """
+
+    def __init__(self, folder: str | Path, *, skip_bad_images: bool = False) -> None:
+        """Lists the files without opening them.
+
+        Args:
+            folder: the folder that holds the class folders.
+            skip_bad_images: leave files that are no readable images out, instead of refusing them.
+
+        Raises:
+            DualLoRAError: the folder is missing or has no class folders; a class folder has no images, or a
+                name that cannot be used; a file in it is not an image by its name and not to be skipped.
+        """
+        self.folder = Path(folder)
+        self.skip_bad_images = skip_bad_images
+        self.bad_images: list[Path] = []
+        self.paths: list[Path] = []
+        self.targets: list[int] = []
+        class_folders = _class_folders(self.folder)
+        self.classes = [name for name, _ in class_folders]
+        for target, (_, class_folder) in enumerate(class_folders):
+            files = find_files(class_folder)
+            images = [path for path in files if is_image_name(path)]
+            self.paths += images
+            self.targets += [target] * len(images)
+            self.bad_images += [path for path in files if not is_image_name(path)]
+        if self.bad_images and not skip_bad_images:
+            sentence = f"{self.bad_images[0]} is not an image: remove it"
+            raise DualLoRAError(self._refusal(sentence, len(self.bad_images)))
+        self._refuse_empty_classes()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.paths[index]), self.targets[index]
+
+    @property
+    def identifiers(self) -> list[str]:
+        """Per image, its path within the folder."""
+        # File names need not be unicode; what is written to reports has to be.
+        names = (path.relative_to(self.folder).as_posix() for path in self.paths)
+        return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
+
+    def find_bad_images(self, track: Track | None = None) -> dict[Path, str]:
+        """Reads and decodes every image once.
+
+        Args:
+            track: goes through the paths, for instance with a progress bar.
+
+        Returns:
+            The files that cannot be read, each with the sentence that says why.
+        """
+        bad = {}
+        for path in self.paths if track is None else track(self.paths):
+            try:
+                read_image(path)
+            except DualLoRAError as error:
+                bad[path] = str(error)
+        return bad
+
+    def check(self, track: Track | None = None) -> None:
+        """Reads and decodes every image once, and leaves bad ones out or refuses them.
+
+        With ``skip_bad_images`` they move from ``paths`` to ``bad_images``; views made before that are stale.
+
+        Raises:
+            DualLoRAError: a file cannot be read and is not to be skipped, or a class has no other images.
+        """
+        bad = self.find_bad_images(track)
+        if not bad:
+            return
+        if not self.skip_bad_images:
+            raise DualLoRAError(self._refusal(next(iter(bad.values())), len(bad)))
+        kept = [(p, t) for p, t in zip(self.paths, self.targets, strict=True) if p not in bad]
+        self.paths = [path for path, _ in kept]
+        self.targets = [target for _, target in kept]
+        self.bad_images += bad
+        self._refuse_empty_classes()
+
+    def _refusal(self, sentence: str, count: int) -> str:
+        total = f"{count} bad {'file' if count == 1 else 'files'} in {self.folder}"
+        return f"{sentence} ({total}; learn --skip-bad-images leaves such files out)"
+
+    def _refuse_empty_classes(self) -> None:
+        filled = set(self.targets)
+        for target, name in enumerate(self.classes):
+            if target not in filled:
+                class_folder = self.folder / name
+                raise DualLoRAError(f"{class_folder} has no readable image: add some or remove the folder")
+
+
+def train_and_val(folder: str | Path) -> tuple[Path, Path | None]:
+    """Finds the training and the validation folder.
+
+    Args:
+        folder: holds class folders, or ``train/`` and perhaps ``val/`` (or ``test/``) that hold them.
+
+    Returns:
+        ``train/`` and ``val/`` (or ``test/``, or None where there is neither); the folder itself and None
+        when it holds the class folders.
+
+    Raises:
+        DualLoRAError: the folder is missing.
+    """
+    folder = Path(folder)
+    require_folder(folder)
+    if not _holds_folders(folder / "train"):
+        return folder, None
+    return folder / "train", _validation(folder)
+
+
+def evaluation_folder(folder: str | Path) -> Path:
+    """Finds the class folders to evaluate on: those in ``val/`` or ``test/`` where there is one.
+
+    Raises:
+        DualLoRAError: the folder is missing.
+    """
+    folder = Path(folder)
+    require_folder(folder)
+    return _validation(folder) or train_and_val(folder)[0]
+
+
+def _validation(folder: Path) -> Path | None:
+    return next((folder / name for name in _VALIDATION_NAMES if _holds_folders(folder / name)), None)
+
+
+def _holds_folders(folder: Path) -> bool:
+    # A class may be called "train" or "test"; its folder holds images, not folders.
+    return folder.is_dir() and any(
+        entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()
+    )
+
+
+def _class_folders(folder: Path) -> list[tuple[str, Path]]:
+    require_folder(folder)
+    entries = [
+        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
+    ]
+    # The same name can be composed or decomposed unicode, depending on the machine that made the folder.
+    named = sorted((unicodedata.normalize("NFC", entry.name), entry) for entry in entries)
+    if not named:
+        raise DualLoRAError(f"{folder} has no class folders: put the images into one folder a class")
+    check_class_names([name for name, _ in named])
+    return named

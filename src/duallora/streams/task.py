@@ -1,0 +1,193 @@
+"""Data sets as the learner sees them: views with class names, local targets and identifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from duallora.errors import DualLoRAError
+
+Picture = Image.Image | torch.Tensor
+Change = Callable[[Picture], Picture]
+
+_SHARE_HELD_BACK = 10
+
+
+class TaskDataset(Dataset[tuple[Picture, int]]):
+    """Some samples of a data set, with the classes of one task.
+
+    Attributes:
+        classes: names of the task's classes.
+        targets: per sample, the index of its class in ``classes``.
+        identifiers: per sample, the path within the folder it came from, or its index.
+    """
+
+    def __init__(
+        self,
+        base: Dataset[Any],
+        indices: Sequence[int],
+        *,
+        classes: Sequence[str],
+        targets: Sequence[int],
+        identifiers: Sequence[str],
+        change: Change | None = None,
+    ) -> None:
+        """Makes the view.
+
+        Args:
+            base: data set of (image, anything) samples; it is read when a sample is asked for, never here.
+            indices: which samples of ``base``, one per sample of the view.
+            classes: names of the task's classes.
+            targets: index into ``classes`` per sample of the view.
+            identifiers: name per sample of the view.
+            change: applied to every image, for instance to show it in another domain.
+        """
+        self.classes = list(classes)
+        self.targets = list(targets)
+        self.identifiers = list(identifiers)
+        self._base = base
+        self._indices = list(indices)
+        self._change = change
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        image = self._base[self._indices[index]][0]
+        return (image if self._change is None else self._change(image)), self.targets[index]
+
+    def subset(self, positions: Sequence[int]) -> TaskDataset:
+        """The same view of fewer samples, given by their positions in it."""
+        return TaskDataset(
+            self._base,
+            [self._indices[i] for i in positions],
+            classes=self.classes,
+            targets=[self.targets[i] for i in positions],
+            identifiers=[self.identifiers[i] for i in positions],
+            change=self._change,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned in one go, and the images it is tested on."""
+
+    name: str
+    train: TaskDataset
+    test: TaskDataset
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they are learned.
+
+    Attributes:
+        name: for reports.
+        tasks: the tasks.
+        class_order: all class names, in the order in which they appear.
+        order_seed: seed of that order, or ``"alphabetical"``.
+        augmentation: the policy that suits these images, where the user names none.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    class_order: tuple[str, ...]
+    order_seed: int | str
+    augmentation: str = "crop,flip"
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def as_task_dataset(dataset: Dataset[Any]) -> TaskDataset:
+    """Reads class names, targets and identifiers off any data set of (image, class index) samples.
+
+    Args:
+        dataset: map-style data set with a list ``classes`` of names. ``targets`` is used where there is
+            one; otherwise every sample is read once. ``identifiers`` likewise, otherwise the index.
+
+    Returns:
+        A view of all samples; the data set itself if it is one already.
+
+    Raises:
+        DualLoRAError: there are no class names, a name cannot be used, or a target has no name.
+    """
+    if isinstance(dataset, TaskDataset):
+        return dataset
+    classes = getattr(dataset, "classes", None)
+    if classes is None or isinstance(classes, str):
+        raise DualLoRAError(
+            f"the data set ({type(dataset).__name__}) has no class names: give it a list `classes` of them"
+        )
+    names = check_class_names(list(classes))
+    size = len(cast("Sequence[Any]", dataset))
+    targets = getattr(dataset, "targets", None)
+    targets = [int(dataset[i][1]) for i in range(size)] if targets is None else [int(t) for t in targets]
+    if len(targets) != size:
+        raise DualLoRAError(f"the data set has {size} samples and {len(targets)} targets: one each is needed")
+    if targets and not (min(targets) >= 0 and max(targets) < len(names)):
+        wrong = next(t for t in targets if not 0 <= t < len(names))
+        raise DualLoRAError(f"target {wrong} has no class name: the data set names {len(names)} classes")
+    identifiers = getattr(dataset, "identifiers", None) or [str(i) for i in range(size)]
+    return TaskDataset(dataset, range(size), classes=names, targets=targets, identifiers=identifiers)
+
+
+def check_class_names(names: Sequence[object]) -> list[str]:
+    """Returns the names as a list if each can be stored, shown and told apart.
+
+    Any unicode text will do, slashes included: class names never become file names.
+
+    Raises:
+        DualLoRAError: a name is no text, empty, not valid unicode, has a control character, or comes twice.
+    """
+    checked: list[str] = []
+    for name in names:
+        if not isinstance(name, str):
+            raise DualLoRAError(f"a class name must be text, not {name!r}: use str() on the names")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DualLoRAError(f"the class name {name!a} is not valid unicode: rename the class")
+        if not name.strip() or any(letter < " " or letter == "\x7f" for letter in name):
+            raise DualLoRAError(
+                f"the class name {name!r} is empty or has control characters: rename the class"
+            )
+        checked.append(name)
+    if len(set(checked)) < len(checked):
+        twice = next(name for name in checked if checked.count(name) > 1)
+        raise DualLoRAError(f"the class name {twice!r} comes twice: every class needs a name of its own")
+    return checked
+
+
+def positions_by_class(dataset: TaskDataset) -> list[list[int]]:
+    """The positions of every class's samples, in the data set's order."""
+    positions: list[list[int]] = [[] for _ in dataset.classes]
+    for position, target in enumerate(dataset.targets):
+        positions[target].append(position)
+    return positions
+
+
+def hold_back(dataset: Dataset[Any]) -> tuple[TaskDataset, TaskDataset | None]:
+    """Holds every tenth image of each class back, which leaves classes of fewer than ten untouched.
+
+    Args:
+        dataset: as for ``as_task_dataset``.
+
+    Returns:
+        The images to train on, and those held back (None when no class has ten).
+
+    Raises:
+        DualLoRAError: as for ``as_task_dataset``.
+    """
+    view = as_task_dataset(dataset)
+    held = [i for p in positions_by_class(view) for i in p[_SHARE_HELD_BACK - 1 :: _SHARE_HELD_BACK]]
+    if not held:
+        return view, None
+    kept = sorted(set(range(len(view))).difference(held))
+    return view.subset(kept), view.subset(sorted(held))

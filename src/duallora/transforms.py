@@ -1,0 +1,179 @@
+"""From an image to the backbone's input: the evaluation transform and the keyed augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from duallora.errors import DualLoRAError
+from duallora.images import to_pil
+
+if TYPE_CHECKING:
+    from duallora.backbones import BackboneInfo
+
+ImageLike = Image.Image | torch.Tensor | str | Path
+Box = tuple[int, int, int, int]
+"""Left, upper, right and lower edge in pixels, as Pillow has it."""
+
+POLICIES: tuple[str, ...] = ("crop,flip", "crop", "none")
+"""The augmentation policies."""
+
+CROP_SCALE: tuple[float, float] = (0.6, 1.0)
+"""Smallest and largest share of the image's area that a random crop keeps."""
+
+CROP_RATIO: tuple[float, float] = (3 / 4, 4 / 3)
+"""Smallest and largest ratio of width to height of a random crop."""
+
+_CROP_ATTEMPTS = 10
+_LONGEST_STRIP = 8
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+def evaluation_transform(info: BackboneInfo) -> Callable[[ImageLike], torch.Tensor]:
+    """The transform the backbone was evaluated with: resize, centre crop, normalise.
+
+    The shorter side is resized to ``floor(size / crop_pct)``, as timm does.
+
+    Args:
+        info: input size, mean, standard deviation, interpolation and crop share of the backbone.
+
+    Returns:
+        A picklable function from an image to a float32 tensor of shape (3, height, width).
+
+    Raises:
+        DualLoRAError: the backbone's interpolation is unknown.
+    """
+    return _Evaluation(info)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random resized crop and flip, every draw keyed by (seed, task, epoch, sample index).
+
+    Neither the worker, nor the order of the samples, nor any global generator has a part in the result.
+
+    Attributes:
+        info: the backbone's preprocessing.
+        policy: ``"crop,flip"``, ``"crop"`` or ``"none"`` (exactly the evaluation transform).
+        seed: the run's seed.
+        task: the number of the task, from 0.
+
+    Raises:
+        DualLoRAError: the policy or the backbone's interpolation is unknown.
+    """
+
+    info: BackboneInfo
+    policy: str = "crop,flip"
+    seed: int = 0
+    task: int = 0
+    _evaluation: _Evaluation = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            valid = " | ".join(POLICIES)
+            raise DualLoRAError(f"unknown augmentation {self.policy!r}: choose one of {valid}")
+        object.__setattr__(self, "_evaluation", _Evaluation(self.info))
+
+    def __call__(self, image: ImageLike, epoch: int, index: int) -> torch.Tensor:
+        """Gives the view of one sample in one epoch: float32, (3, height, width)."""
+        if self.policy == "none":
+            return self._evaluation(image)
+        picture = to_pil(image)
+        # Seeding with text goes through a hash of it: neighbouring keys give unrelated draws.
+        random = Random(f"{self.seed:d}/{self.task:d}/{epoch:d}/{index:d}")
+        box = _random_box(picture.width, picture.height, random)
+        mirror = "flip" in self.policy and random.random() < 0.5
+        return self._evaluation.cut(picture, box, mirror=mirror)
+
+
+class _Evaluation:
+    """Evaluation transform; a class because workers that are started afresh have to unpickle it."""
+
+    def __init__(self, info: BackboneInfo) -> None:
+        if info.interpolation not in _RESAMPLING:
+            valid = ", ".join(_RESAMPLING)
+            raise DualLoRAError(
+                f"unknown interpolation {info.interpolation!r} of the backbone: valid are {valid}"
+            )
+        self.resampling = _RESAMPLING[info.interpolation]
+        self.height, self.width = info.input_size[1:]
+        self.scaled_height = max(self.height, math.floor(self.height / info.crop_pct))
+        self.scaled_width = max(self.width, math.floor(self.width / info.crop_pct))
+        deviation = np.asarray(info.std, dtype=np.float64)
+        # Bytes to normalised values in one multiplication and one addition.
+        self.scale = (1 / (255 * deviation)).astype(np.float32).reshape(3, 1, 1)
+        self.shift = (-np.asarray(info.mean) / deviation).astype(np.float32).reshape(3, 1, 1)
+
+    def __call__(self, image: ImageLike) -> torch.Tensor:
+        picture = _without_long_ends(to_pil(image))
+        width, height = picture.size
+        if width * self.scaled_height >= height * self.scaled_width:
+            size = (int(self.scaled_height * width / height), self.scaled_height)
+        else:
+            size = (self.scaled_width, int(self.scaled_width * height / width))
+        if size != picture.size:
+            picture = picture.resize(size, self.resampling)
+        left, upper = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
+        if size != (self.width, self.height):
+            picture = picture.crop((left, upper, left + self.width, upper + self.height))
+        return self._to_tensor(np.asarray(picture))
+
+    def cut(self, picture: Image.Image, box: Box, *, mirror: bool) -> torch.Tensor:
+        """Resizes a part of an image to the input size."""
+        pixels = np.asarray(picture.resize((self.width, self.height), self.resampling, box=box))
+        return self._to_tensor(pixels[:, ::-1] if mirror else pixels)
+
+    def _to_tensor(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+        values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
+        values *= self.scale
+        values += self.shift
+        return torch.from_numpy(values)
+
+
+def _without_long_ends(picture: Image.Image) -> Image.Image:
+    """Cuts what the centre crop drops anyway off a strip, which would be blown up by the resize."""
+    width, height = picture.size
+    if width > _LONGEST_STRIP * height:
+        left = (width - _LONGEST_STRIP * height) // 2
+        return picture.crop((left, 0, left + _LONGEST_STRIP * height, height))
+    if height > _LONGEST_STRIP * width:
+        upper = (height - _LONGEST_STRIP * width) // 2
+        return picture.crop((0, upper, width, upper + _LONGEST_STRIP * width))
+    return picture
+
+
+def _random_box(width: int, height: int, random: Random) -> Box:
+    smallest, largest = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * random.random())
+        ratio = math.exp(smallest + (largest - smallest) * random.random())
+        cut_width, cut_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < cut_width <= width and 0 < cut_height <= height:
+            left = math.floor((width - cut_width + 1) * random.random())
+            upper = math.floor((height - cut_height + 1) * random.random())
+            return left, upper, left + cut_width, upper + cut_height
+    return _middle_box(width, height)
+
+
+def _middle_box(width: int, height: int) -> Box:
+    """The largest box in the middle whose ratio is allowed: for images too narrow for a random one."""
+    cut_width = min(width, max(1, round(height * CROP_RATIO[1])))
+    cut_height = min(height, max(1, round(width / CROP_RATIO[0])))
+    left, upper = (width - cut_width) // 2, (height - cut_height) // 2
+    return left, upper, left + cut_width, upper + cut_height

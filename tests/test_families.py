@@ -1,0 +1,281 @@
+"""Supported families: adapters act as an edit of the weights would; all others are refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from timm.layers import LayerNorm
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Attention, DiffAttention, ParallelScalingBlock, VisionTransformer
+from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images, tiny_model
+from torch import nn
+
+from duallora.adapters.inject import unwrap_attention, wrap_attention
+from duallora.adapters.lora import AdaptedQKV
+from duallora.backbones import Backbone, load_backbone
+from duallora.errors import DualLoRAError
+
+RANK, LAYERS, TASKS = 3, (0, 1), 2
+VARIANTS = {"qk_norm": {"qk_norm": True}, "scale_norm": {"scale_attn_norm": True, "norm_layer": LayerNorm}}
+CASES = [(family, {}) for family in FAMILIES] + [("vit", changes) for changes in VARIANTS.values()]
+NAMES = [*FAMILIES, *VARIANTS]
+every_family = pytest.mark.parametrize(("family", "changes"), CASES, ids=NAMES)
+every_group = pytest.mark.parametrize("groups", [("kv",), ("q", "v"), ("q", "k", "v")], ids=":".join)
+
+
+def random(*shape, seed=0, scale=0.1):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapt(backbone, groups):
+    return wrap_attention(backbone, LAYERS, lambda qkv: AdaptedQKV(qkv, groups))
+
+
+def open_task(modules, task):
+    """A random orthogonal basis for A and Psi, and updates B and C that are not zero."""
+    for layer, module in modules.items():
+        for name, adapter in module.groups.items():
+            seed = 100 * task + 10 * layer + len(name) + ord(name[0])
+            basis = torch.linalg.qr(random(WIDTH, 2 * RANK, seed=seed, scale=1))[0]
+            adapter.begin(task, basis[:, :RANK].contiguous(), basis[:, RANK:].contiguous())
+            adapter.b.data.copy_(random(RANK, adapter.out, seed=seed + 1, scale=1))
+            adapter.c.data.copy_(random(RANK, adapter.out, seed=seed + 2, scale=1))
+
+
+def edited(family, changes, modules, update):
+    """The same backbone with ``update(adapter)`` (d x out) added to the rows of ``qkv.weight`` by hand."""
+    backbone = tiny_backbone(family, **changes)
+    for layer, module in modules.items():
+        weight = backbone.attention(layer).qkv.weight
+        for name, adapter in module.groups.items():
+            columns = torch.cat([torch.arange(3 * WIDTH).reshape(3, WIDTH)["qkv".index(p)] for p in name])
+            with torch.no_grad():
+                weight[columns] += update(adapter).T
+    return backbone
+
+
+def gate(modules, *weights):
+    for module in modules.values():
+        module.gate = lambda x: torch.tensor([weights]).expand(len(x), -1)
+
+
+def assert_moved(before, after):
+    assert (before - after).norm() > 1e-2 * before.norm()
+
+
+@every_family
+def test_every_block_has_the_plain_attention(family, changes):
+    backbone = tiny_backbone(family, **changes)
+    assert backbone.depth == 2 and backbone.dim == backbone.feature_dim == WIDTH
+    for layer in range(backbone.depth):
+        attention = backbone.attention(layer)
+        assert type(attention) is Attention and type(attention.qkv) is nn.Linear
+        assert attention.num_heads == 2 and attention.fused_attn in (True, False)
+
+
+@every_family
+def test_a_wrapper_sees_every_token_and_its_output_is_used(family, changes):
+    class Doubled(nn.Module):
+        def __init__(self, qkv):
+            super().__init__()
+            self.qkv, self.shape = qkv, None
+
+        def forward(self, x):
+            self.shape = x.shape
+            return 2 * self.qkv(x)
+
+    backbone, images = tiny_backbone(family, **changes), tiny_images()
+    plain = backbone(images)
+    wrappers = wrap_attention(backbone, LAYERS, Doubled)
+    doubled = backbone(images)
+    assert_moved(plain, doubled)
+    assert {w.shape for w in wrappers.values()} == {(3, 16 + backbone.num_prefix_tokens, WIDTH)}
+    unwrap_attention(backbone)
+    assert torch.equal(backbone(images), plain)
+
+
+@every_family
+def test_zero_adapters_change_nothing(family, changes):
+    backbone, images = tiny_backbone(family, **changes), tiny_images()
+    plain = backbone(images)
+    modules = adapt(backbone, ("kv",))
+    assert torch.equal(backbone(images), plain)
+    for module in modules.values():
+        module.groups["kv"].begin(0, random(WIDTH, RANK), random(WIDTH, RANK, seed=1))
+    gate(modules, 1.0)
+    assert torch.equal(backbone(images), plain)
+
+
+@every_group
+@every_family
+def test_orthogonal_update_equals_an_edit_of_the_weights(family, changes, groups):
+    backbone, images = tiny_backbone(family, **changes), tiny_images()
+    plain = backbone(images)
+    modules = adapt(backbone, groups)
+    open_task(modules, 0)
+    expected = edited(family, changes, modules, lambda adapter: adapter.a @ adapter.b)(images)
+    unmerged = backbone(images)
+    for module in modules.values():
+        module.merge()
+    assert_moved(plain, unmerged)
+    torch.testing.assert_close(unmerged, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backbone(images), expected, atol=1e-5, rtol=1e-5)
+    untouched = tiny_backbone(family, **changes)
+    for layer, module in modules.items():
+        assert torch.equal(module.base.weight, untouched.attention(layer).qkv.weight)
+
+
+@every_group
+@every_family
+def test_gated_residual_equals_an_edit_of_the_weights(family, changes, groups):
+    backbone, images, weights = tiny_backbone(family, **changes), tiny_images(), (0.25, 0.75)
+    modules = adapt(backbone, groups)
+    for task in range(TASKS):
+        open_task(modules, task)
+        for module in modules.values():
+            module.merge()
+    gate(modules, 0.0, 0.0)
+    closed = backbone(images)
+    gate(modules, *weights)
+    opened = backbone(images)
+
+    def update(adapter):
+        gated = sum(w * part.psi @ part.c for w, part in zip(weights, adapter.residuals, strict=True))
+        return adapter.delta_weight() + gated
+
+    assert_moved(closed, opened)
+    expected = edited(family, changes, modules, update)(images)
+    torch.testing.assert_close(opened, expected, atol=1e-5, rtol=1e-5)
+    expected = edited(family, changes, modules, lambda adapter: adapter.delta_weight())(images)
+    torch.testing.assert_close(closed, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_family
+def test_the_gate_acts_per_image(family, changes):
+    backbone, images = tiny_backbone(family, **changes), tiny_images(2)
+    modules = adapt(backbone, ("kv",))
+    open_task(modules, 0)
+    alone = []
+    for weight in (0.2, 0.9):
+        gate(modules, weight)
+        alone.append(backbone(images))
+    for module in modules.values():
+        module.gate = lambda x: torch.tensor([[0.2], [0.9]])
+    mixed = backbone(images)
+    torch.testing.assert_close(mixed, torch.stack([alone[0][0], alone[1][1]]), atol=1e-5, rtol=1e-5)
+
+
+@every_family
+def test_adapters_and_nothing_else_receive_gradients(family, changes):
+    backbone = tiny_backbone(family, **changes)
+    modules = adapt(backbone, ("q", "kv"))
+    open_task(modules, 0)
+    gate(modules, 0.5)
+    backbone(tiny_images()).square().sum().backward()
+    for module in modules.values():
+        for adapter in module.groups.values():
+            assert adapter.b.grad.abs().max() > 0 and adapter.c.grad.abs().max() > 0
+            assert adapter.a.grad is None
+    trained = {id(p) for m in modules.values() for a in m.groups.values() for p in (a.b, a.c)}
+    assert {id(p) for p in backbone.parameters() if p.grad is not None} == trained
+
+
+def test_what_is_pooled_is_said_in_words():
+    words = {family: tiny_backbone(family).pooling for family in FAMILIES}
+    assert words["vit"] == words["clip"] == words["dinov2_registers"] == "class token"
+    assert words["deit_distilled"] == "mean of the class token and the distillation token"
+    assert words["siglip"].startswith("attention pooling over the tokens")
+    assert "no class token" in words["siglip"] and "mean token" in words["siglip"]
+    averaged = tiny_backbone("vit", global_pool="avg", class_token=False)
+    assert averaged.pooling.startswith("mean of the tokens")
+    assert tiny_backbone("vit", global_pool="avg").pooling == "mean of the patch tokens"
+
+
+def test_prefix_tokens_of_each_family():
+    found = {f: (b.has_class_token, b.num_prefix_tokens) for f in FAMILIES for b in [tiny_backbone(f)]}
+    assert found == {
+        "vit": (True, 1),
+        "deit_distilled": (True, 2),
+        "dinov2_registers": (True, 5),
+        "clip": (True, 1),
+        "siglip": (False, 0),
+    }
+
+
+OTHERS = {
+    "Beit": lambda: Beit(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+    "Eva": lambda: Eva(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+    "SwinTransformer": lambda: SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(1,), num_heads=(2,)
+    ),
+    "DiffAttention": lambda: tiny_model(attn_layer=DiffAttention),
+    "ParallelScalingBlock": lambda: tiny_model(block_fn=ParallelScalingBlock),
+    "AttentionOfMyOwn": lambda: tiny_model(attn_layer=AttentionOfMyOwn),
+    "ViTOfMyOwn": lambda: ViTOfMyOwn(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+    "Linear": lambda: nn.Linear(2, 2),
+}
+
+
+class AttentionOfMyOwn(Attention):
+    """Reads the weight itself, as some subclasses do."""
+
+
+class ViTOfMyOwn(VisionTransformer):
+    """May replace any step of the forward pass."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_are_refused_by_name(kind):
+    with pytest.raises(DualLoRAError, match=rf"some-name is .*{kind}.* cannot carry adapters: ") as caught:
+        Backbone(OTHERS[kind](), tiny_info("some-name"))
+    assert ("can read qkv.weight directly" in str(caught.value)) == (kind in ("Beit", "Eva"))
+
+
+def test_gated_attention_foreign_projection_and_missing_pooling_are_refused():
+    gated = tiny_model()
+    gated.blocks[1].attn.gate = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(DualLoRAError, match="gated Attention"):
+        Backbone(gated, tiny_info())
+    foreign = tiny_model()
+    foreign.blocks[0].attn.qkv = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+    with pytest.raises(DualLoRAError, match="Bilinear as qkv"):
+        Backbone(foreign, tiny_info())
+    with pytest.raises(DualLoRAError, match="without pooling"):
+        Backbone(tiny_model(global_pool=""), tiny_info())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("beit_base_patch16_224.in22k_ft_in22k", "'beit'.*qkv.weight directly"),
+        ("eva02_tiny_patch14_224.mim_in22k", "'eva'.*qkv.weight directly.*rotary"),
+        ("swin_tiny_patch4_window7_224.ms_in1k", "'swin_transformer'.*not timm's plain"),
+        ("resnet18.a1_in1k", "'resnet'.*not timm's plain"),
+        ("vit_dwee_patch16_reg1_gap_256.sbb_nadamuon_in1k", "DiffAttention"),
+    ],
+)
+def test_names_of_other_families_are_refused_before_any_download(name, reason):
+    with pytest.raises(DualLoRAError, match=reason):
+        load_backbone(name)
+
+
+def test_wrapping_twice_or_beyond_the_depth_changes_nothing():
+    backbone = tiny_backbone()
+    first = wrap_attention(backbone, [1], lambda qkv: nn.Sequential(qkv).train())
+    assert not any(module.training for module in backbone.modules())
+    for layers in ([0, 1], [0, 2], [-1]):
+        with pytest.raises(ValueError, match="layer"):
+            wrap_attention(backbone, layers, lambda qkv: nn.Sequential(qkv))
+    assert type(backbone.attention(0).qkv) is nn.Linear
+    assert backbone.attention(1).qkv is first[1]
+    unwrap_attention(backbone)
+    unwrap_attention(backbone)
+    assert set(wrap_attention(backbone, [0, 1], lambda qkv: nn.Sequential(qkv))) == {0, 1}
+
+
+def tiny_info(name="tiny"):
+    return replace(tiny_backbone().info, name=name)
