@@ -4,8 +4,8 @@
 
 After each kill of `learn` the model must load, be the old or the new generation, and predict exactly what
 that generation predicts. After each kill of `run` the same command resumes it, and must end with the results
-and the model of a run that was never interrupted. Half of the kills fall at any moment, half shortly after the
-files begin to change.
+and the model of a run that was never interrupted. Half of the kills fall at any moment, half shortly after
+files have changed.
 """
 
 from __future__ import annotations
@@ -99,11 +99,13 @@ def listing(folder: Path) -> set[tuple[str, int, int]]:
     return entries
 
 
-def kill(arguments: Sequence[str], folder: Path, watched: Path, seconds: float, rng: random.Random) -> bool:
+def kill(
+    arguments: Sequence[str], folder: Path, watched: Path, seconds: float, changes: int, rng: random.Random
+) -> bool:
     """Starts a command and kills it; returns whether it was still running.
 
-    Half of the kills wait for one of the first six changes below ``watched``, because the moments in which files
-    change are short beside a run of ``seconds``.
+    Half of the kills wait for one of the first ``changes`` changes below ``watched``, because the moments in
+    which files change are short beside a run of ``seconds``.
     """
     process = start(arguments, folder)
     if rng.random() < 0.5:
@@ -111,13 +113,13 @@ def kill(arguments: Sequence[str], folder: Path, watched: Path, seconds: float, 
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
     else:
-        before, changes = listing(watched), rng.randint(1, 6)
-        while process.poll() is None and changes:
+        before, left = listing(watched), rng.randint(1, changes)
+        while process.poll() is None and left:
             time.sleep(0.0005)
             now = listing(watched)
-            changes -= now != before
+            left -= now != before
             before = now
-        time.sleep(rng.choice([0.0, 0.001, 0.005, 0.02]) * rng.random())
+        time.sleep(rng.uniform(0, 0.005))
     running = process.poll() is None
     with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
         os.killpg(process.pid, signal.SIGKILL)
@@ -169,7 +171,7 @@ def kill_learn(kills: int, data: Path, work: Path, images: Sequence[Path], rng: 
     for number in range(kills):
         folder = work / f"learn-{number}"
         shutil.copytree(old, folder)
-        running = kill(learn, folder, folder / "model", seconds, rng)
+        running = kill(learn, folder, folder / "model", seconds, 3, rng)
         outcome, loss = attempt(partial(generation, folder / "model", images, expected))
         if loss is None and not running and outcome != "new":
             loss = "the command ended before the kill, and the model is the old one"
@@ -225,7 +227,7 @@ def kill_run(kills: int, data: Path, work: Path, images: Sequence[Path], rng: ra
     for number in range(kills):
         folder = work / f"run-{number}"
         folder.mkdir()
-        running = kill(run, folder, folder / "out", seconds, rng)
+        running = kill(run, folder, folder / "out", seconds, 30, rng)
         outcome, loss = attempt(partial(resume, run, folder, images, expected))
         tally.add(f"run: {'killed' if running else 'had ended'}, {outcome}", loss)
         shutil.rmtree(folder)

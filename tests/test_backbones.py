@@ -12,10 +12,10 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import tiny_backbone, tiny_images, tiny_model
 
 from duallora.backbones import EMBEDDED_FILE, BackboneInfo, load_backbone, state_sha256
 from duallora.errors import DualLoRAError
+from tiny import tiny_backbone, tiny_images, tiny_model
 
 EMBEDDED_SHA256 = "8ede3b3ba83e108d57ca1d63d872e2c7eac94d997864421a81dedc099d89cc74"
 EMBEDDED_PATH = Path(str(resources.files("duallora") / "weights" / EMBEDDED_FILE))

@@ -11,13 +11,13 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Attention, DiffAttention, ParallelScalingBlock, VisionTransformer
-from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images, tiny_model
 from torch import nn
 
 from duallora.adapters.inject import unwrap_attention, wrap_attention
 from duallora.adapters.lora import AdaptedQKV
 from duallora.backbones import Backbone, load_backbone
 from duallora.errors import DualLoRAError
+from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images, tiny_model
 
 RANK, LAYERS, TASKS = 3, (0, 1), 2
 VARIANTS = {"qk_norm": {"qk_norm": True}, "scale_norm": {"scale_attn_norm": True, "norm_layer": LayerNorm}}

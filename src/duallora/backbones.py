@@ -102,6 +102,23 @@ class Backbone(nn.Module):
         """(B, 3, H, W) -> final features (B, feature_dim)."""
         return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
 
+    def project(self, images: Tensor, layer: int) -> None:
+        """Runs up to the qkv projection of a block and no further: for passes that only look at what enters the projections."""
+        if layer == 0:
+            self(images)
+            return
+        found = self.model.forward_intermediates(
+            images,
+            indices=[layer - 1],
+            return_prefix_tokens=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )[0]
+        x = torch.cat([found[1], found[0]], 1) if isinstance(found, tuple) else found
+        block = self.model.get_submodule(f"blocks.{layer}")
+        block.get_submodule("attn.qkv")(block.get_submodule("norm1")(x))
+
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a block; its ``qkv`` may be wrapped."""
         return self.model.get_submodule(f"blocks.{layer}.attn")

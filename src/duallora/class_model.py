@@ -57,16 +57,26 @@ class RandomFeatureModel:
 
     def state(self) -> dict[str, Tensor]:
         """Projection, sums and solution."""
-        tensors = {"projection": self.projection, "gram": self.gram, "targets": self.targets, "weight": self.weight}
+        tensors = {
+            "projection": self.projection,
+            "gram": self.gram,
+            "targets": self.targets,
+            "weight": self.weight,
+        }
         tensors["images"] = torch.tensor(self.images)
         return tensors | {f"fit.{task}": losses for task, losses in self.losses.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what :meth:`state` gave."""
-        self.projection, self.weight = tensors["projection"].to(self.device), tensors["weight"].to(self.device)
+        self.projection, self.weight = (
+            tensors["projection"].to(self.device),
+            tensors["weight"].to(self.device),
+        )
         self.gram, self.targets = tensors["gram"].cpu(), tensors["targets"].cpu()
         self.images = int(tensors["images"])
-        self.losses = {int(name.split(".")[1]): x.cpu() for name, x in tensors.items() if name.startswith("fit.")}
+        self.losses = {
+            int(name.split(".")[1]): x.cpu() for name, x in tensors.items() if name.startswith("fit.")
+        }
 
     def _lift(self, f: Tensor) -> Tensor:
         return (f.to(self.device).float() @ self.projection).relu()

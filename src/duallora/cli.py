@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DualLoRAError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was saved before is as it was.", INTERRUPTED)
+        return _fail("interrupted; every saved file is whole.", INTERRUPTED)
     except BrokenPipeError:
         _silence_stdout()
         return PIPE_CLOSED
@@ -87,7 +87,8 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _print_help() -> None:
-    line("usage: duallora VERB [options]\n\nA vision transformer that learns task after task and keeps what it knew.\n")
+    line("usage: duallora VERB [options]\n")
+    line("A pre-trained vision transformer learns task after task and does not forget.\n")
     for verb, place in VERBS.items():
         module, name = place.split(":")
         summary = (getattr(importlib.import_module(module), name).__doc__ or "").strip().splitlines()[0]

@@ -86,7 +86,8 @@ def describe_pooling(model: VisionTransformer) -> str:
         return "mean of the class token and the distillation token"
     if model.global_pool == "token":
         return "class token"
-    patches_only = model.num_prefix_tokens > 0 and not model.pool_include_prefix
+    with_prefix = getattr(model, "pool_include_prefix", False)  # older timm never pools the prefix tokens
+    patches_only = model.num_prefix_tokens > 0 and not with_prefix
     words = _POOLED[model.global_pool].format("patch tokens" if patches_only else "tokens")
     if model.cls_token is None:
         return f"{words} (there is no class token; at the gate the mean token stands for it)"

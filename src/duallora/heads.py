@@ -24,7 +24,9 @@ class Heads(nn.Module):
     def open(self, classes: int, generator: torch.Generator) -> None:
         """Adds the head of a new task, drawn from ``generator``; the earlier heads are frozen."""
         self.requires_grad_(False)
-        head = nn.Linear(self.dim, classes)
+        head = nn.utils.skip_init(
+            nn.Linear, self.dim, classes
+        )  # its own draws would disturb the global generator
         bound = self.dim**-0.5
         with torch.no_grad():
             head.weight.uniform_(-bound, bound, generator=generator)
@@ -54,7 +56,9 @@ def within_tasks(log_rows: Tensor, row_task: Tensor, tasks: int) -> Tensor:
     return log_rows - sum_rows(log_rows, row_task, tasks)[:, row_task]
 
 
-def calibrate(logits: Tensor, log_q: Tensor, log_task: Tensor, row_task: Tensor, kind: str, tau: float) -> Tensor:
+def calibrate(
+    logits: Tensor, log_q: Tensor, log_task: Tensor, row_task: Tensor, kind: str, tau: float
+) -> Tensor:
     """Log-probability of every row (n, R) from heads, class model and task identity.
 
     Args:

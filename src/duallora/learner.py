@@ -65,8 +65,15 @@ class ContinualLearner:
         self.backbone = load_backbone(backbone, backbone_file) if isinstance(backbone, str) else backbone
         self.backbone.to(self.fabric.device)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed)
+        self.method.autocast = self.fabric.autocast
+        if (
+            self.device.type == "cuda"
+        ):  # on a CPU bf16 rounds differently for every batch size: predictions stay in fp32
+            self.method.predict_autocast = self.fabric.autocast
         self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
-        Augmentation(self.backbone.info, augment, seed, 0)  # an unknown policy is refused now, not at the first task
+        Augmentation(
+            self.backbone.info, augment, seed, 0
+        )  # an unknown policy is refused now, not at the first task
         self.tasks: list[TaskRecord] = []
         self.classes: list[str] = []
         self._unfinished: str | None = None
@@ -95,11 +102,15 @@ class ContinualLearner:
         data, classes = _present_classes(dataset)
         name = name if name is not None else f"task {len(self.tasks) + 1}"
         if any(task.name == name for task in self.tasks):
-            raise DualLoRAError(f"a task named {name!r} has been learned already; give this one another name.")
+            raise DualLoRAError(
+                f"a task named {name!r} has been learned already; give this one another name."
+            )
         task = TaskInfo(len(self.tasks), name, classes)
         augmentation = Augmentation(self.backbone.info, self.augment, self.seed, task.index)
         self._unfinished = name
-        timings = learn_task(self.method, task, data, augmentation, self.preprocess, self.fabric, self.progress)
+        timings = learn_task(
+            self.method, task, data, augmentation, self.preprocess, self.fabric, self.progress
+        )
         self._unfinished = None
         record = TaskRecord(
             name=name,
@@ -129,8 +140,7 @@ class ContinualLearner:
         self._check_usable()
         if not self.tasks:
             raise DualLoRAError("this learner has learned nothing yet; call learn first.")
-        with self.fabric.autocast():
-            readouts = [self.method.logits(batch.to(self.device)) for batch in images]
+        readouts = [self.method.logits(batch.to(self.device)) for batch in images]
         if not readouts:
             raise DualLoRAError("there are no images to look at; give at least one.")
 
@@ -140,7 +150,10 @@ class ContinualLearner:
 
         rows = [(t, self.classes.index(c)) for t, task in enumerate(self.tasks) for c in task.classes]
         return Outputs(
-            **{f: joined(f) for f in ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")},
+            **{
+                f: joined(f)
+                for f in ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")
+            },
             row_task=torch.tensor([t for t, _ in rows]),
             row_class=torch.tensor([c for _, c in rows]),
             readout=self.method.answer,
@@ -164,11 +177,15 @@ class ContinualLearner:
         confidence, right = metrics.top_class(outputs, outputs.readout, labels)
         found_task = metrics.predicted_tasks(outputs, outputs.readout)
         count = len(self.tasks)
-        confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(count, count)
+        confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(
+            count, count
+        )
         tasks = []
         for t, task in enumerate(self.tasks):
             mine = right[true_task == t]
-            tasks.append(TaskAccuracy(task.name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine)))
+            tasks.append(
+                TaskAccuracy(task.name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine))
+            )
         return Evaluation(
             accuracy=int(right.sum()) / len(right),
             tasks=tuple(tasks),
@@ -189,12 +206,19 @@ class ContinualLearner:
         outputs = self.outputs_of(self._batches(items))
         probabilities = metrics.class_probabilities(outputs, outputs.readout)
         values, which = probabilities.topk(min(max(top, 1), len(self.classes)), 1)
-        task_log = outputs.task_posterior if outputs.task_posterior is not None else torch.zeros(len(items), len(self.tasks))
+        task_log = (
+            outputs.task_posterior
+            if outputs.task_posterior is not None
+            else torch.zeros(len(items), len(self.tasks))
+        )
         confidence, task = task_log.exp().max(1)
         familiarity = outputs.familiarity if outputs.familiarity is not None else torch.ones(len(items))
         result = []
         for i, item in enumerate(items):
-            best = tuple((self.classes[c], float(p)) for c, p in zip(which[i].tolist(), values[i].tolist(), strict=True))
+            best = tuple(
+                (self.classes[c], float(p))
+                for c, p in zip(which[i].tolist(), values[i].tolist(), strict=True)
+            )
             result.append(
                 Prediction(
                     path=str(item) if isinstance(item, (str, Path)) else None,
@@ -267,9 +291,13 @@ class ContinualLearner:
             )
         entry = METHODS.get(manifest["method"])
         if entry is None:
-            raise DualLoRAError(f"the model uses method {manifest['method']!r}, unknown here; the methods are {', '.join(METHODS)}.")
+            raise DualLoRAError(
+                f"the model uses method {manifest['method']!r}, unknown here; the methods are {', '.join(METHODS)}."
+            )
         config = entry.config(**manifest["config"])
-        learner = cls(backbone, config, manifest["seed"], device=device, augment=manifest["augment"], progress=progress)
+        learner = cls(
+            backbone, config, manifest["seed"], device=device, augment=manifest["augment"], progress=progress
+        )
         learner.method.load_state(tensors)
         for record in manifest["tasks"]:
             learner._add(TaskRecord.from_dict(record))
@@ -281,7 +309,9 @@ class ContinualLearner:
 
     def _batches(self, items: Sequence[Any]) -> Iterator[Tensor]:
         for start in range(0, len(items), EVALUATION_BATCH):
-            yield torch.stack([self.preprocess(to_pil(item)) for item in items[start : start + EVALUATION_BATCH]])
+            yield torch.stack(
+                [self.preprocess(to_pil(item)) for item in items[start : start + EVALUATION_BATCH]]
+            )
 
     def _check_usable(self) -> None:
         if self._unfinished is not None:

@@ -29,7 +29,11 @@ class ClassMoments:
     def empty(cls, classes: int, dim: int) -> ClassMoments:
         """Moments of no images at all."""
         zeros = torch.zeros
-        return cls(zeros(classes, dtype=torch.float64), zeros(classes, dim, dtype=torch.float64), zeros(dim, dim, dtype=torch.float64))
+        return cls(
+            zeros(classes, dtype=torch.float64),
+            zeros(classes, dim, dtype=torch.float64),
+            zeros(dim, dim, dtype=torch.float64),
+        )
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int) -> ClassMoments:
@@ -72,7 +76,9 @@ class RowMemory:
         self.task = torch.zeros(0, dtype=torch.long)
         self.moments = ClassMoments.empty(0, dim)
         self.losses: dict[int, Tensor] = {}  # loss of every kappa on each task's images, never recomputed
-        self.distances: dict[int, tuple[float, float]] = {}  # (q95, standard deviation) of each task's own images
+        self.distances: dict[
+            int, tuple[float, float]
+        ] = {}  # (q95, standard deviation) of each task's own images
         self._before = self.moments.scatter  # scatter without the latest task
         self._refresh()
 
@@ -96,7 +102,9 @@ class RowMemory:
         old = self.task < task
         count, mean = self.moments.count[old], self.moments.mean[old]
         self.task = torch.cat([self.task[old], torch.full((len(new.count),), task)])
-        self.moments = ClassMoments(torch.cat([count, new.count]), torch.cat([mean, new.mean]), self._before + new.scatter)
+        self.moments = ClassMoments(
+            torch.cat([count, new.count]), torch.cat([mean, new.mean]), self._before + new.scatter
+        )
         self._refresh()
 
     def fit(self, task: int, features: Tensor, labels: Tensor) -> None:
@@ -104,7 +112,9 @@ class RowMemory:
         own = self.own(task, labels, features)
         scores, row = self.scores(features, own).cpu().double(), own.row.cpu()
         counted = (self._count[own.row] > 1).cpu()
-        losses = [-(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()]
+        losses = [
+            -(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()
+        ]
         self.losses[task] = torch.stack(losses)
         nearest = self.distance(features, own)[0].cpu()[counted].double()
         if len(nearest):
@@ -127,7 +137,9 @@ class RowMemory:
             return scores
         nu = self._left_out(own)
         value = (z * nu).sum(1) - nu.square().sum(1) / 2
-        alone = (self._count[own.row] <= 1) & (len(self._count) > 1)  # without its only image the row does not exist
+        alone = (self._count[own.row] <= 1) & (
+            len(self._count) > 1
+        )  # without its only image the row does not exist
         return scores.scatter(1, own.row[:, None], torch.where(alone, -torch.inf, value)[:, None])
 
     def log_q(self, f: Tensor, own: Own | None = None) -> Tensor:
@@ -149,7 +161,9 @@ class RowMemory:
         """``sigmoid((q95 - m) / s)`` (n,), q95 and s those of the nearest row's task."""
         nearest, row = self.distance(f, own)
         task = self.task.to(row.device)[row]
-        table = torch.tensor([self.distances.get(t, (self.dim**0.5, 2**-0.5)) for t in range(self.tasks)], device=f.device)
+        table = torch.tensor(
+            [self.distances.get(t, (self.dim**0.5, 2**-0.5)) for t in range(self.tasks)], device=f.device
+        )
         return ((table[task, 0] - nearest) / table[task, 1]).sigmoid()
 
     def move(self, drift: Tensor) -> None:
@@ -163,7 +177,9 @@ class RowMemory:
         m = self.moments
         tensors = {"task": self.task, "count": m.count, "mean": m.mean, "scatter": m.scatter}
         for task, losses in self.losses.items():
-            tensors[f"fit.{task}"] = torch.cat([losses, torch.tensor(self.distances[task], dtype=torch.float64)])
+            tensors[f"fit.{task}"] = torch.cat(
+                [losses, torch.tensor(self.distances[task], dtype=torch.float64)]
+            )
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -190,7 +206,9 @@ class RowMemory:
         factor = torch.linalg.cholesky(sigma0 + ridge * torch.eye(self.dim, dtype=torch.float64))
         centre = m.mean.mean(0) if len(m.mean) else torch.zeros(self.dim, dtype=torch.float64)
         nu = torch.linalg.solve_triangular(factor, (m.mean - centre).T, upper=False).T
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(self.dim, dtype=torch.float64), upper=False).T
+        inverse = torch.linalg.solve_triangular(
+            factor, torch.eye(self.dim, dtype=torch.float64), upper=False
+        ).T
         self._nu, self._map = nu.float().to(self.device), inverse.float().to(self.device)
         self._centre, self._count = centre.float().to(self.device), m.count.float().to(self.device)
 

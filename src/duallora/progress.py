@@ -36,7 +36,12 @@ class Progress:
         if self.quiet:
             yield from items
         elif self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             with Bars(*columns, console=self.console, transient=True) as bars:
                 yield from bars.track(items, total=total, description=label)
         else:

@@ -66,7 +66,7 @@ def run_stream(
         learner, rows = _start(make_learner, directory, stream, device, progress)
         tests = _cached_tests(stream)
         _learn(learner, stream, tests, rows, directory, progress)
-        final = _final_pass(learner, tests, directory)
+        final = _final_pass(learner, tests, directory, progress)
         rows.append(final.row)
         _tell(stream, rows, directory, progress)
         results = assemble(learner, stream, config, rows, final)
@@ -142,16 +142,16 @@ def _learn(
             learner.learn(task.train, name=task.name)
             learner.save(directory.model)
         if len(rows) == t < len(stream) - 1:
-            row, features = _evaluate(learner, tests[: t + 1])
+            row, features = _evaluate(learner, tests[: t + 1], progress)
             rows.append(row)
             directory.finish_task(rows, features)
             _tell(stream, rows, directory, progress)
 
 
-def _evaluate(learner: ContinualLearner, tests: list[TaskDataset]) -> tuple[Row, Tensor]:
+def _evaluate(learner: ContinualLearner, tests: list[TaskDataset], progress: Progress) -> tuple[Row, Tensor]:
     """Hits on the test sets of all tasks so far, and the final features of the latest one's images."""
     row: Row = {}
-    for task, test in enumerate(tests):
+    for task, test in progress.track(enumerate(tests), len(tests), "evaluating"):
         outputs = learner.outputs(test)
         labels = _labels(learner, test)
         for name in metrics.readouts_of(outputs):
@@ -159,9 +159,11 @@ def _evaluate(learner: ContinualLearner, tests: list[TaskDataset]) -> tuple[Row,
     return row, outputs.features
 
 
-def _final_pass(learner: ContinualLearner, tests: list[TaskDataset], directory: RunDirectory) -> FinalPass:
+def _final_pass(
+    learner: ContinualLearner, tests: list[TaskDataset], directory: RunDirectory, progress: Progress
+) -> FinalPass:
     final = FinalPass()
-    for task, test in enumerate(tests):
+    for task, test in progress.track(enumerate(tests), len(tests), "evaluating"):
         outputs = learner.outputs(test)
         then = directory.features(task) if task < len(tests) - 1 else outputs.features
         final.add(outputs, _labels(learner, test), then)

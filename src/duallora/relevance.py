@@ -49,7 +49,9 @@ class EnergyMemory:
         log_energy = self._log_energy(f0).cpu().double()
         if not bool(torch.isfinite(log_energy[:, task]).all()):
             return  # an empty basis has no posterior
-        self.losses[task] = torch.stack([-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()])
+        self.losses[task] = torch.stack(
+            [-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()]
+        )
 
     def energies(self, f: Tensor) -> Tensor:
         """Relative energies ``e`` (n, T); 0 for a task without a basis."""
@@ -64,7 +66,9 @@ class EnergyMemory:
 
     def state(self) -> dict[str, Tensor]:
         """Mean energies and kappa losses; the bases themselves belong to the subspace."""
-        return {"means": torch.tensor(self.means, dtype=torch.float64)} | {f"fit.{t}": x for t, x in self.losses.items()}
+        return {"means": torch.tensor(self.means, dtype=torch.float64)} | {
+            f"fit.{t}": x for t, x in self.losses.items()
+        }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what :meth:`state` gave; the subspace is restored before."""
@@ -93,7 +97,9 @@ class GatePoint:
         energy: relevance by energy; None takes the Gaussian rows.
     """
 
-    def __init__(self, dim: int, device: torch.device, top_tasks: int, suppress: bool, energy: EnergyMemory | None) -> None:
+    def __init__(
+        self, dim: int, device: torch.device, top_tasks: int, suppress: bool, energy: EnergyMemory | None
+    ) -> None:
         self.rows = RowMemory(dim, device)
         self.top_tasks, self.suppress, self.energy = top_tasks, suppress, energy
         self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass; never saved
@@ -123,7 +129,9 @@ class GatePoint:
             elif self.energy is None:
                 scores = self.rows.kappa * self.rows.scores(f, own)
                 hidden = (self.rows.task >= tasks).to(f.device)
-                weights = self.rows.by_task(scores.masked_fill(hidden, -torch.inf).log_softmax(1)).exp()[:, :tasks]
+                weights = self.rows.by_task(scores.masked_fill(hidden, -torch.inf).log_softmax(1)).exp()[
+                    :, :tasks
+                ]
             else:
                 weights = self.energy.energies(f).clamp(max=1.0)[:, :tasks]
             if self.suppress:
@@ -182,7 +190,9 @@ class DynamicMemory:
             return None
         if self.mode == "off":
             known = self.tasks if self.limit is None else self.limit
-            self.latest[layer] = F.pad(torch.ones(x.shape[0], known, device=x.device), (0, self.tasks - known))
+            self.latest[layer] = F.pad(
+                torch.ones(x.shape[0], known, device=x.device), (0, self.tasks - known)
+            )
         elif point is not None:
             self.latest[layer] = point.weights(self.features[layer], self._own(point), self.limit)
         else:

@@ -2,8 +2,8 @@
 
 ``run.json`` is written first and says which run the folder belongs to; ``results.json`` is written last and
 says that it is finished. Between the two, ``progress.json`` holds the hits of every finished task, and
-``progress/features-<t>.safetensors`` the final features of task t's test images right after it was learned.
-Every file is replaced whole, so that an interruption at any point leaves a folder that can be resumed.
+``progress-<t>.safetensors`` the final features of task t's test images right after it was learned. Every file
+is replaced whole, so that an interruption at any point leaves a folder that can be resumed.
 """
 
 from __future__ import annotations
@@ -84,10 +84,8 @@ class RunDirectory:
 
     def finish_task(self, rows: Sequence[Row], features: Tensor) -> None:
         """Finishes a task: records its row and the final features (n, d) of its test images."""
-        path = self._features(len(rows) - 1)
-        with _as_user_error(self.path):
-            path.parent.mkdir(exist_ok=True)
-        write_atomic(path, safetensors.torch.save({"features": features.contiguous()}))
+        data = safetensors.torch.save({"features": features.contiguous()})
+        write_atomic(self._features(len(rows) - 1), data)
         plain = [
             {readout: [asdict(hits) for hits in entries] for readout, entries in row.items()} for row in rows
         ]
@@ -125,14 +123,15 @@ class RunDirectory:
 
     def clean(self) -> None:
         """Removes the progress files of a run whose results are written."""
-        folder = self.path / "progress"
-        with _as_user_error(self.path):
-            if folder.exists():
-                remove_leftovers(folder)
-                for path in folder.glob("features-*.safetensors"):
-                    path.unlink()
-                folder.rmdir()
-            (self.path / _PROGRESS).unlink(missing_ok=True)
+        # The hits go first: without them the features mean nothing, and the results are written already.
+        try:
+            for path in self._progress_files():
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            problem = error.strerror or error
+            raise DualLoRAError(
+                f"{self.path} could not be tidied up: {problem}; the results are written, repeat the command."
+            ) from error
 
     def _admit(self) -> None:
         if not self.path.exists():
@@ -152,14 +151,14 @@ class RunDirectory:
                 f"{self.path} belongs to another run ({_difference(stored, self._identity)}); name another "
                 "folder, or repeat the first command to resume it."
             )
-        if (self.path / _RESULTS).exists() and not self._unclean():
+        if (self.path / _RESULTS).exists() and not self._progress_files():
             raise DualLoRAError(f"{self.path} holds a finished run; name another folder to run again.")
 
-    def _unclean(self) -> bool:
-        return (self.path / _PROGRESS).exists() or (self.path / "progress").exists()
-
     def _features(self, task: int) -> Path:
-        return self.path / "progress" / f"features-{task}.safetensors"
+        return self.path / f"progress-{task}.safetensors"
+
+    def _progress_files(self) -> list[Path]:
+        return sorted([*self.path.glob(_PROGRESS), *self.path.glob("progress-*.safetensors")])
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -176,16 +175,6 @@ class RunDirectory:
 
 def _damaged(path: Path) -> DualLoRAError:
     return DualLoRAError(f"{path} cannot be read; the run cannot be resumed: name another folder.")
-
-
-@contextmanager
-def _as_user_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DualLoRAError(
-            f"{folder} could not be written: {error.strerror or error}; make it writable."
-        ) from error
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

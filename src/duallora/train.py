@@ -24,7 +24,7 @@ EVALUATION_BATCH = 64
 
 
 def make_fabric(device: str) -> Fabric:
-    """Fabric on one device, with bf16 autocast where a GPU computes in it.
+    """Fabric on one device, with bf16 autocast where the device computes in it.
 
     Args:
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
@@ -38,8 +38,17 @@ def make_fabric(device: str) -> Fabric:
     if not there.get(device, False):
         usable = ", ".join(name for name, found in there.items() if found)
         raise DualLoRAError(f"device {device!r} is not available on this machine; take auto, {usable}.")
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Fabric(accelerator=device, devices=1, precision="bf16-mixed" if bf16 else "32-true")
+    return Fabric(
+        accelerator=device, devices=1, precision="bf16-mixed" if _computes_in_bf16(device) else "32-true"
+    )
+
+
+def _computes_in_bf16(device: str) -> bool:
+    """Whether the device has instructions for bf16 products; where it would emulate them, fp32 is faster."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,11 @@ class _Views(Dataset[tuple[Tensor, int, int]]):
 
 
 def batches(
-    data: TaskDataset, view: Callable[[Any, int], Tensor], size: int, device: torch.device, order: Sequence[int] | None = None
+    data: TaskDataset,
+    view: Callable[[Any, int], Tensor],
+    size: int,
+    device: torch.device,
+    order: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Batches of a data set on a device, in order or in the given order; the last one may be smaller.
 
@@ -81,6 +94,7 @@ def batches(
         sampler=order,
         num_workers=min(8, os.cpu_count() or 1) if gpu and len(data) > 256 else 0,
         pin_memory=gpu,
+        generator=torch.Generator(),  # a loader draws a seed for its workers, otherwise from the global generator
     )
     for images, labels, indices in loader:
         yield Batch(*(x.to(device, non_blocking=gpu) for x in (images, labels, indices)))
@@ -115,22 +129,27 @@ def learn_task(
         return one
 
     clock = _Clock(fabric.device)
-    with fabric.autocast():
-        method.prepare(task, passes("looking at the images"))
+    method.prepare(task, passes("looking at the images"))
     prepared = clock.lap()
     trained = 0
     if len(task.classes) > 1:
         trained = _train(method, task, data, augmentation, fabric, progress)
     else:
-        progress.line(f"{task.name}: a single class has nothing to tell apart; statistics are learned, training is skipped")
+        progress.line(
+            f"{task.name}: a single class has nothing to tell apart; statistics are learned, training is skipped"
+        )
     learned = clock.lap()
-    with fabric.autocast():
-        method.consolidate(task, passes("remembering"))
+    method.consolidate(task, passes("remembering"))
     return Timings(prepared, learned, clock.lap(), trained)
 
 
 def _train(
-    method: Method, task: TaskInfo, data: TaskDataset, augmentation: Augmentation, fabric: Fabric, progress: Progress
+    method: Method,
+    task: TaskInfo,
+    data: TaskDataset,
+    augmentation: Augmentation,
+    fabric: Fabric,
+    progress: Progress,
 ) -> int:
     """Adam with one cosine to zero over all steps; returns the number of trained parameters."""
     config = method.config
@@ -140,13 +159,13 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for epoch in range(config.epochs):
         order = _order(len(data), method.seed, task.index, epoch)
-        found = batches(data, lambda x, i, e=epoch: augmentation(x, e, i), config.batch_size, fabric.device, order)
+        found = batches(
+            data, lambda x, i, e=epoch: augmentation(x, e, i), config.batch_size, fabric.device, order
+        )
         label = f"{task.name}: epoch {epoch + 1}/{config.epochs}"
         for batch in progress.track(found, math.ceil(len(data) / config.batch_size), label):
-            with fabric.autocast():
-                loss = method.loss(batch)
             optimizer.zero_grad()
-            fabric.backward(loss)
+            fabric.backward(method.loss(batch))
             optimizer.step()
             schedule.step()
             method.after_step()

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STACKED_LIMIT = 100  # beyond this many stacked residual directions the selected ones are gathered per image instead
+STACKED_LIMIT = (
+    100  # beyond this many stacked residual directions the selected ones are gathered per image instead
+)
 
-Gate = Callable[[Tensor], Tensor | None]  # layer input (B, N, d) -> weights of the tasks (B, T), None before the first task
+Gate = Callable[
+    [Tensor], Tensor | None
+]  # layer input (B, N, d) -> weights of the tasks (B, T), None before the first task
 
 
 @dataclass
@@ -118,8 +122,14 @@ class DualAdapter(nn.Module):
         self.dense = tensors.get("dense")
         count = sum(name.startswith("orthogonal.") and name.endswith(".a") for name in tensors)
         self.factors = [(tensors[f"orthogonal.{i}.a"], tensors[f"orthogonal.{i}.b"]) for i in range(count)]
-        tasks = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("residual.") and name.endswith(".c"))
-        self.residuals = [Residual(t, tensors[f"residual.{t}.psi"], tensors[f"residual.{t}.c"]) for t in tasks]
+        tasks = sorted(
+            int(name.split(".")[1])
+            for name in tensors
+            if name.startswith("residual.") and name.endswith(".c")
+        )
+        self.residuals = [
+            Residual(t, tensors[f"residual.{t}.psi"], tensors[f"residual.{t}.c"]) for t in tasks
+        ]
         self.restack()
 
 
@@ -137,14 +147,20 @@ def _stack(parts: Sequence[Residual]) -> _Stack:
     tasks = torch.tensor([part.task for part in parts], device=device)
     ranks = [part.psi.shape[1] for part in parts]
     owner = tasks.repeat_interleave(torch.tensor(ranks, device=device))
-    return _Stack(torch.cat([p.psi for p in parts], 1), torch.cat([p.c for p in parts], 0), owner, tasks, ranks)
+    return _Stack(
+        torch.cat([p.psi for p in parts], 1), torch.cat([p.c for p in parts], 0), owner, tasks, ranks
+    )
 
 
 def _gathered(x: Tensor, weights: Tensor, stack: _Stack, selected: int) -> Tensor:
     """The same sum with each image's ``selected`` tasks gathered: cost grows with what is used, not with what is known."""
     rank = max(stack.ranks)  # a smaller basis is padded with zeros, which contribute nothing
-    psi = torch.stack([F.pad(p, (0, rank - p.shape[1])) for p in stack.psi.split(stack.ranks, 1)])  # T x d x r_R
-    c = torch.stack([F.pad(p, (0, 0, 0, rank - p.shape[0])) for p in stack.c.split(stack.ranks, 0)])  # T x r_R x out
+    psi = torch.stack(
+        [F.pad(p, (0, rank - p.shape[1])) for p in stack.psi.split(stack.ranks, 1)]
+    )  # T x d x r_R
+    c = torch.stack(
+        [F.pad(p, (0, 0, 0, rank - p.shape[0])) for p in stack.c.split(stack.ranks, 0)]
+    )  # T x r_R x out
     top, which = weights.topk(selected, 1)  # (B, s)
     batch, dim, out = x.shape[0], x.shape[2], c.shape[2]
     psi = psi[which].permute(0, 2, 1, 3).reshape(batch, dim, -1)  # B x d x (s r_R)
@@ -223,5 +239,7 @@ class AdaptedQKV(nn.Module):
                 update = extra if update is None else update if extra is None else update + extra
             if update is not None:
                 for part, columns in zip(update.split(self.width, -1), self.slices(name), strict=True):
-                    y[..., columns].add_(part)  # y is fresh from the line above and no gradient needs its old value
+                    y[..., columns].add_(
+                        part
+                    )  # y is fresh from the line above and no gradient needs its old value
         return y

@@ -61,7 +61,11 @@ class TokenReader:
         heads = attention.num_heads
         q, k, _ = qkv.float().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
-        first = q[:, :, :1] if self.has_class_token and layer > 0 else q[:, :, self.prefix :].mean(2, keepdim=True)
+        first = (
+            q[:, :, :1]
+            if self.has_class_token and layer > 0
+            else q[:, :, self.prefix :].mean(2, keepdim=True)
+        )
         weights = (first @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, 1, N)
         return (weights.squeeze(2) @ x.float()).reshape(-1, dim)
 
@@ -85,16 +89,20 @@ def gather_moments(
     moments = {(layer, group): Moment(m.dim) for layer, m in adapted.items() for group in m.groups}
 
     def hook(layer: int) -> object:
+        def rows(x: Tensor, output: Tensor, group: str) -> Tensor:
+            if kind == "tokens" or group == "k":
+                return x
+            if group == "q":
+                return reader.summary(x, layer)
+            return reader.pooled_inputs(attentions[layer], x, output, layer)
+
         def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
-            for group in adapted[layer].groups:
-                if kind == "tokens" or group == "k":
-                    rows = x
-                elif group == "q":
-                    rows = reader.summary(x, layer)
-                else:
-                    rows = reader.pooled_inputs(attentions[layer], x, output.detach(), layer)
-                moments[layer, group].add(rows)
+            with torch.autocast(
+                x.device.type, enabled=False
+            ):  # a moment summed in bf16 would lose its small directions
+                for group in adapted[layer].groups:
+                    moments[layer, group].add(rows(x, output.detach(), group))
 
         return adapted[layer].register_forward_hook(read)
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 RELATIVE_RANK = 1e-6  # an eigenvalue below this share of the largest one of S is round-off, not a direction
-DESIGNED_SCALE = 3**-0.5  # the expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA
+DESIGNED_SCALE = (
+    3**-0.5
+)  # the expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA
 
 
 def energy_share(threshold: float, task: int) -> float:
@@ -96,7 +98,8 @@ class Subspace:
     def grow(self, moment: Tensor, threshold: float) -> None:
         """Adds the block of the task just learned; ``moment`` (d, d) was measured after the task."""
         new = self.new_block(moment, threshold)
-        self.phi = orthonormal(torch.cat([self.phi, new], 1))
+        # Laid out as it is after a save and a load: products of the same numbers in another layout differ in the last bit.
+        self.phi = orthonormal(torch.cat([self.phi, new], 1)).contiguous()
         self.sizes.append(new.shape[1])
 
 
@@ -104,7 +107,9 @@ def own_directions(moment: Tensor, taken: Tensor) -> Tensor:
     """Directions of ``S`` (d x m, by falling energy) outside the span of ``taken`` (d x r), wherever earlier tasks may be."""
     used = orthonormal(taken)
     projector = torch.eye(moment.shape[0], dtype=torch.float64) - used @ used.T
-    return top_eigenvectors(projector @ moment @ projector, _floor(moment))[0][:, : moment.shape[0] - used.shape[1]]
+    return top_eigenvectors(projector @ moment @ projector, _floor(moment))[0][
+        :, : moment.shape[0] - used.shape[1]
+    ]
 
 
 def _floor(moment: Tensor) -> float:

@@ -13,6 +13,7 @@ import inspect
 import json
 from argparse import ArgumentError, HelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,9 +31,9 @@ Command = Callable[..., None]
 class CommandParser(ArgumentParser):
     """jsonargparse's parser; its help shows ``--method``, the short form of ``--method.name``."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text."""
-        return str(super().format_help()).replace("--method.name", "--method")
+        return str(super().format_help(*args, **kwargs)).replace("--method.name", "--method")
 
 
 def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
@@ -53,9 +54,9 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     words, files = take_config_files(argv)
     configs = [read_config(file) for file in files]
     method = None
-    if _takes_method(command):
+    if any(_is_choice(hint) for hint in get_type_hints(command).values()):
         words = [_spell_out(word) for word in words]
-        method = _find_method(words, configs) or DEFAULT_METHOD
+        method = _find_method(words, configs)
     parser = build_parser(verb, command, method)
     # Files go first: a value on the command line wins over any file, wherever it stands.
     for config in reversed(configs):
@@ -92,31 +93,33 @@ def build_parser(verb: str, command: Command, method: str | None = None) -> Comm
         else:
             _add_parameter(parser, parameter, hint, about.get(parameter.name, ""))
     parser.add_argument(
-        "--config", action="config", help="YAML file of option values, or the name of a shipped one; the command line wins"
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file of option values, or the name of a shipped one; the command line wins",
     )
-    needed = [a.option_strings[0] + " " + str(a.metavar) if a.option_strings else str(a.metavar) for a in parser._actions if a.required]
+    needed = [" ".join([*a.option_strings[:1], str(a.metavar)]) for a in parser._actions if a.required]
     parser.usage = " ".join([parser.prog, *needed, "[options]"])
     return parser
 
 
 def _add_parameter(parser: CommandParser, parameter: inspect.Parameter, hint: Any, about: str) -> None:
     option = "--" + parameter.name.replace("_", "-")
+    settings: dict[str, Any] = {"help": about}
     if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        option = parameter.name
         several = get_origin(hint) is list
-        parser.add_argument(
-            parameter.name,
-            type=get_args(hint)[0] if several else hint,
-            metavar=parameter.name.upper(),
-            help=about,
-            **({"nargs": "+"} if several else {}),
-        )
+        settings |= {"type": get_args(hint)[0], "nargs": "+"} if several else {"type": hint}
+        settings["metavar"] = parameter.name.upper() + ("..." if several else "")
     elif hint is bool:
-        parser.add_argument(option, action="store_true", help=about)
-    elif parameter.default is inspect.Parameter.empty:
-        parser.add_argument(option, type=hint, required=True, metavar=_metavar(hint), help=about)
+        settings["action"] = "store_true"
     else:
-        help_text = _with_default(about, parameter.default)
-        parser.add_argument(option, type=hint, default=parameter.default, metavar=_metavar(hint), help=help_text)
+        settings |= {"type": hint, "metavar": _metavar(hint)}
+        if parameter.default is inspect.Parameter.empty:
+            settings["required"] = True
+        else:
+            settings |= {"default": parameter.default, "help": _with_default(about, parameter.default)}
+    parser.add_argument(option, **settings)
 
 
 def _add_method(parser: CommandParser, method: str, *, keep_unsaid: bool) -> None:
@@ -124,23 +127,30 @@ def _add_method(parser: CommandParser, method: str, *, keep_unsaid: bool) -> Non
     from duallora.methods import METHODS
 
     config = METHODS[method].config
-    group = parser.add_argument_group(f"method {method}", "the fields of another method: --method NAME --help")
-    about: dict[str, str] = {}
-    for kind in reversed(config.__mro__):
-        about |= {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(kind.__doc__ or "").params}
-    hints = get_type_hints(config)
+    group = parser.add_argument_group(f"method {method}", "for the fields of another: --method NAME --help")
+    about, hints = _field_docs(config), get_type_hints(config)
     names: Any = Literal[tuple(METHODS)]
-    rows = [("name", names, DEFAULT_METHOD, method, "the method")]
-    rows += [(f.name, hints[f.name], f.default, f.default, about.get(f.name, "")) for f in dataclasses.fields(config)]
+    rows: list[tuple[str, Any, Any, Any, str]] = [("name", names, DEFAULT_METHOD, method, "the method")]
+    for each in dataclasses.fields(config):
+        rows.append((each.name, hints[each.name], each.default, each.default, about.get(each.name, "")))
     for field, hint, shown, default, text in rows:
         group.add_argument(
             f"--method.{field}",
             *(["--epochs"] if field == "epochs" else []),
-            type=Union[hint, None] if keep_unsaid else hint,  # noqa: UP007 - a Literal made at run time
+            type=Union[hint, None] if keep_unsaid else hint,  # noqa: UP007 - `|` fails on some run-time types
             default=None if keep_unsaid else default,
             metavar=_metavar(hint),
             help=_with_default(text, shown),
         )
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of each field."""
+    about: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        entries = docstring_parser.parse(kind.__doc__ or "").params
+        about |= {entry.arg_name: entry.description or "" for entry in entries}
+    return about
 
 
 def _with_default(about: str, default: Any) -> str:
@@ -156,15 +166,11 @@ def _metavar(hint: Any) -> str:
         return "{" + ("|" if any("," in value for value in values) else ",").join(values) + "}"
     if get_origin(hint) in (Union, UnionType):
         return "|".join(_metavar(part) for part in get_args(hint) if part is not type(None))
-    return {"bool": "{true,false}", "str": "TEXT", "Path": "PATH"}.get(hint.__name__, hint.__name__.upper())
+    return {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH"}.get(hint, "TEXT")
 
 
 def _is_choice(hint: Any) -> bool:
     return hint is MethodChoice or MethodChoice in get_args(hint)
-
-
-def _takes_method(command: Command) -> bool:
-    return any(_is_choice(hint) for hint in get_type_hints(command).values())
 
 
 def _spell_out(word: str) -> str:
@@ -172,22 +178,20 @@ def _spell_out(word: str) -> str:
     return "--method.name" + word.removeprefix("--method") if word.split("=")[0] == "--method" else word
 
 
-def _find_method(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> str | None:
-    """The method that the command line, else the last file that says so, names."""
+def _find_method(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> str:
+    """The method that the command line names, else the last file that names one, else the default."""
     from duallora.methods import METHODS
 
-    name = None
-    for config in configs:
-        if isinstance(section := config.get("method"), dict):
-            name = section.get("name", name)
+    named = [config["method"].get("name") for config in configs if isinstance(config.get("method"), dict)]
     for position, word in enumerate(words):
         if word == "--method.name":
-            name = (words[position + 1 : position + 2] or [None])[0]
+            named += words[position + 1 : position + 2]
         elif word.startswith("--method.name="):
-            name = word.removeprefix("--method.name=")
-    if name is not None and name not in METHODS:
+            named.append(word.removeprefix("--method.name="))
+    name = next((name for name in reversed(named) if name is not None), DEFAULT_METHOD)
+    if name not in METHODS:
         raise DualLoRAError(f"there is no method {name}{nearest(str(name), list(METHODS))}")
-    return name
+    return str(name)
 
 
 def _keywords(command: Command, namespace: Namespace) -> dict[str, Any]:
@@ -197,7 +201,9 @@ def _keywords(command: Command, namespace: Namespace) -> dict[str, Any]:
     for name, parameter in inspect.signature(command).parameters.items():
         value = namespace.get(name)
         if _is_choice(hints[name]):
-            said = {key: item for key, item in vars(value).items() if parameter.default is not None or item is not None}
-            value = MethodChoice(said.pop("name", None), said) if said else None
+            fields = dict(vars(value))
+            if parameter.default is None:
+                fields = {key: item for key, item in fields.items() if item is not None}
+            value = MethodChoice(fields.pop("name", None), fields) if fields else None
         keywords[name] = value
     return keywords

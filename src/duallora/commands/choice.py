@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from duallora.methods import MethodConfig
 
 DEFAULT_METHOD = "duallora"
+# How a task is trained; all other fields decide what the saved weights mean.
+TRAINING_FIELDS = frozenset({"epochs", "batch_size", "learning_rate", "head_learning_rate"})
+_REMEDY = "leave it out, or teach the folder to a new model."
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class MethodChoice:
 
         return METHODS[self.name or DEFAULT_METHOD].config(**self.fields)
 
-    def check_against(self, name: str, config: object) -> None:
-        """Compares the choice with the method that a saved model was made with.
+    def check_against(self, name: str, config: Mapping[str, Any]) -> None:
+        """Compares the choice with the method of a saved model; how a task is trained may differ.
 
         Args:
             name: The saved model's method.
@@ -47,16 +50,16 @@ class MethodChoice:
             DualLoRAError: The choice names another method, or another value of a field.
         """
         if self.name is not None and self.name != name:
-            raise DualLoRAError(
-                f"the model was made with --method {name}, not {self.name}; leave --method out, "
-                "or teach the folder to a new model."
-            )
+            raise DualLoRAError(f"the model was made with --method {name}, not {self.name}; {_REMEDY}")
         for key, value in self.fields.items():
-            stored = getattr(config, key, None)
-            if stored != value:
+            if key not in config:
                 raise DualLoRAError(
-                    f"the model was made with --method.{key} {stored}, not {value}; leave it out, "
-                    "or teach the folder to a new model."
+                    f"--method {name}, which the model was made with, has no {key}; {_REMEDY}"
+                )
+            if key not in TRAINING_FIELDS and config[key] != value:
+                stored = config[key]
+                raise DualLoRAError(
+                    f"the model was made with --method.{key} {stored}, not {value}; {_REMEDY}"
                 )
 
 

@@ -40,7 +40,9 @@ def take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def shipped_configs() -> list[str]:
     """Names of the configurations that come with the package."""
     folder = resources.files("duallora") / "configs"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def read_config(file: str) -> dict[str, Any]:
@@ -75,7 +77,8 @@ def _read_text(file: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise DualLoRAError(
-            f"there is no file {file}, and no shipped configuration of that name ({', '.join(shipped_configs())})."
+            f"there is no file {file}, and no shipped configuration of that name (there are "
+            f"{', '.join(shipped_configs())})."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DualLoRAError(f"{file} cannot be read as a text file; give a YAML file.") from error

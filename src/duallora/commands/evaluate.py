@@ -50,7 +50,13 @@ def evaluate(
     console.rows(
         ["", "task", "images", "accuracy %", *(f"as {name}" for name in names)],
         [
-            [name, task["name"], str(task["images"]), percent(task["accuracy"]), *(str(count) for count in counts)]
+            [
+                name,
+                task["name"],
+                str(task["images"]),
+                percent(task["accuracy"]),
+                *(str(count) for count in counts),
+            ]
             for name, task, counts in zip(names, tasks, found.task_confusion, strict=True)
         ],
     )

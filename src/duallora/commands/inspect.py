@@ -23,13 +23,14 @@ def inspect(model: Path, *, json: bool = False) -> None:
     from duallora import checkpoint
 
     manifest, tensors = checkpoint.read(model)
-    tasks = [{key: task[key] for key in ("name", "classes", "learned_at", "train_images")} for task in manifest["tasks"]]
+    shown = ("name", "classes", "learned_at", "train_images")
+    tasks = [{key: task[key] for key in shown} for task in manifest["tasks"]]
     layers, sizes = layers_of(tensors), bytes_of(tensors)
     if json:
-        about = {key: manifest[key] for key in ("method", "config", "seed", "augment", "backbone", "format_version")}
+        about = {key: manifest[key] for key in ("method", "config", "seed", "augment", "backbone")}
         console.document({"tasks": tasks, "layers": layers, "bytes": sizes, **about})
         return
-    console.line(f"method {manifest['method']}, backbone {manifest['backbone']['name']}, {len(manifest['classes'])} classes")
+    console.line(f"method {manifest['method']}, backbone {manifest['backbone']['name']}")
     console.rows(
         ["task", "learned at", "images", "classes"],
         [[t["name"], t["learned_at"], str(t["train_images"]), ", ".join(t["classes"])] for t in tasks],
@@ -86,7 +87,7 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     sizes: dict[str, int] = defaultdict(int)
     for name, tensor in tensors.items():
         sizes[_part(name)] += tensor.numel() * tensor.element_size()
-    return {**sizes, "total": sum(sizes.values())}
+    return {part: sizes[part] for part in sorted(sizes)} | {"total": sum(sizes.values())}
 
 
 def _part(name: str) -> str:

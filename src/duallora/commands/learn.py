@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
 from duallora.commands.choice import UNSAID, MethodChoice
-from duallora.errors import CheckFailed, DualLoRAError
+from duallora.commands.ranges import LARGEST_SEED, require_range
+from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:
+    from duallora.commands.lesson import Lesson
     from duallora.learner import ContinualLearner
-    from duallora.outputs import Evaluation, TaskRecord
-    from duallora.progress import Progress
-    from duallora.streams import FolderDataset, TaskDataset
 
 STRONGER = (
-    "the embedded backbone is a small one for 64x64 images; a new model learns better with a stronger one: "
-    "--backbone vit_base_patch16_224.augreg_in21k (any timm ViT by its full tag) or --backbone-file FILE"
+    "The embedded backbone is small (64x64 images); take a stronger one for a new model with "
+    "--backbone vit_base_patch16_224.augreg_in21k, or any other timm ViT by its full tag."
 )
-_SHOWN = 3  # old classes in the list of confusions, and bad images in the one of --dry-run
-
-
-@dataclasses.dataclass(frozen=True)
-class Wishes:
-    """What the command line says of a model; None is what the model stores, or the default of a new one."""
-
-    method: MethodChoice
-    backbone: str | None
-    backbone_file: Path | None
-    seed: int | None
-    augment: str | None
-    device: str
+_STEP = 3  # forward passes that a training step costs, about
+_SAMPLE = 16  # images that --dry-run times
 
 
 def learn(
@@ -56,50 +42,131 @@ def learn(
 ) -> None:
     """Teach a folder of images to a saved model, or to a new one.
 
-    Without val/, every tenth image of each class is held back to measure accuracy on. What is not given of
-    method, backbone, seed and augmentation is as the model stores it.
+    Without val/, every tenth image of each class is held back to measure accuracy on. A model keeps its
+    method and backbone; epochs, batch size, learning rates, seed and augmentation can be set for each task.
 
     Args:
         model: folder of the saved model; created when it does not exist
         folder: images in FOLDER/<class>/, or in train/ and val/ below it
-        name: name of the task; the folder's name where it is not given
+        name: name of the task; where it is not given, that of the folder
         check: labelled images of known classes; accuracy on them is compared before and after
         max_drop: a larger drop of that accuracy leaves the model as it was (exit code 3)
         dry_run: print classes, counts, bad images and expected minutes, and write nothing
         skip_bad_images: leave files out that are no readable images, instead of refusing the folder
-        method: what learns; cannot be changed afterwards
-        backbone: embedded (default of a new model), or a timm ViT by its full tag; cannot be changed afterwards
+        method: what learns
+        backbone: of a new model, embedded (default) or a timm ViT by its full tag
         backbone_file: local .safetensors file with the backbone's weights, copied into the model
-        augment: views of the training images (default of a new model: crop,flip)
-        seed: of initialisation, image order and augmentation (default of a new model: 0)
+        augment: views of the training images (new models: crop,flip)
+        seed: of initialisation, image order and augmentation (new models: 0)
         device: where to compute
     """
-    if not 0 <= max_drop <= 1:
-        raise DualLoRAError(f"--max-drop must be a share of accuracy from 0 to 1, not {max_drop}.")
+    require_range("--max-drop", max_drop, 0, 1)
+    require_range("--seed", seed, 0, LARGEST_SEED)
     if name is not None and not name.strip():
         raise DualLoRAError("--name must not be empty; leave it out to name the task after the folder.")
 
     from duallora import checkpoint
+    from duallora.commands.lesson import Lesson, labelled
+    from duallora.commands.outcome import Comparison, Outcome
+    from duallora.commands.wishes import Wishes
     from duallora.progress import Progress
 
     progress = Progress()
     wishes = Wishes(method or UNSAID, backbone, backbone_file, seed, augment, device)
-    _check_wishes(model, wishes, check)
-    data = Lesson.read(folder, progress, skip_bad_images=skip_bad_images, only_look=dry_run)
+    _check_names(wishes.stored(model), model, name, check)
+    lesson = Lesson.read(folder, progress, skip_bad_images=skip_bad_images or dry_run)
+    check_data = None if check is None else labelled(check, progress)
     if dry_run:
-        _tell_plan(data, model, wishes, progress)
+        learner = wishes.open(model, progress)
+        with wishes.granted(learner):
+            _tell_plan(lesson, learner, name or _task_name(folder, learner), skip_bad_images)
         return
-    check_data = None if check is None else _labelled(check, progress)
     with checkpoint.exclusive(model):
-        _check_wishes(model, wishes, check)  # again: another process may have written until now
-        learner = _open(model, wishes, progress)
-        known = list(learner.classes)
-        before = None if check_data is None else learner.evaluate(check_data)
-        with _asked_for(learner, wishes):
-            record = learner.learn(data.train, name or _free_name(folder, learner))
-        result = Result.measure(learner, record, known, data.held_back, check_data, before)
-        result.compare(max_drop)
+        # Asked again under the lock: another process may have written since.
+        _check_names(wishes.stored(model), model, name, check)
+        learner = wishes.open(model, progress)
+        _check_classes(lesson, learner)
+        known, comparison = list(learner.classes), None
+        before = None if check_data is None else learner.evaluate(check_data).accuracy
+        with wishes.granted(learner):
+            record = learner.learn(lesson.train, name or _task_name(folder, learner))
+        if check_data is not None and before is not None:
+            comparison = Comparison(before, learner.evaluate(check_data).accuracy)
+            comparison.require(max_drop)
+        outcome = Outcome.measure(learner, record, known, lesson.held_back, check_data)
         learner.commit(model)
-    result.tell(model, data)
+    # Printed when all is saved: a reader of this output that goes away must not cost the model.
+    if lesson.bad_images:
+        console.line(f"bad images left out: {len(lesson.bad_images)}")
+    console.line(
+        f"{model} has learned {record.name}: {len(record.classes)} classes, {record.train_images} images"
+    )
+    if comparison is not None:
+        comparison.tell()
+    outcome.tell()
     if learner.backbone.info.name == "embedded":
         console.line(STRONGER)
+
+
+def _check_names(stored: dict[str, Any] | None, model: Path, name: str | None, check: Path | None) -> None:
+    if stored is None and check is not None:
+        raise DualLoRAError(
+            f"there is no model in {model} yet to --check; leave --check out for a first task."
+        )
+    if stored is not None and name in [task["name"] for task in stored["tasks"]]:
+        raise DualLoRAError(f"{model} has learned a task named {name} already; give another --name.")
+
+
+def _check_classes(lesson: Lesson, learner: ContinualLearner) -> None:
+    known = {*lesson.train.classes, *learner.classes}
+    held_back = [] if lesson.held_back is None else lesson.held_back.classes
+    unknown = [name for name in held_back if name not in known]
+    if unknown:
+        raise DualLoRAError(f"val/ has a class {unknown[0]} that train/ has not; give both the same classes.")
+
+
+def _task_name(folder: Path, learner: ContinualLearner) -> str:
+    """The folder's name, with a number where the model has learned a task of that name."""
+    taken = {task.name for task in learner.tasks}
+    base = folder.resolve().name or "task"
+    candidates = [base, *(f"{base} {number}" for number in range(2, len(taken) + 2))]
+    return next(name for name in candidates if name not in taken)
+
+
+def _tell_plan(lesson: Lesson, learner: ContinualLearner, name: str, skip_bad_images: bool) -> None:
+    """What learning these images would mean."""
+    classes, held_back = lesson.train.classes, lesson.held_back
+    trained = Counter(classes[target] for target in lesson.train.targets)
+    tested = Counter() if held_back is None else Counter(held_back.classes[t] for t in held_back.targets)
+    totals = f"{trained.total()} images to learn from, {tested.total()} held back"
+    console.line(f"task {name}: {len(classes)} classes, {totals}")
+    known = {each: "yes" if each in learner.classes else "no" for each in classes}
+    console.rows(
+        ["class", "images", "held back", "known"],
+        [[each, str(trained[each]), str(tested[each]), known[each]] for each in classes],
+    )
+    refused = bool(lesson.bad_images) and not skip_bad_images
+    remedy = "; remove them, or leave them out with --skip-bad-images" if refused else ""
+    console.line(f"bad images: {len(lesson.bad_images)}{remedy}")
+    for path in lesson.bad_images:
+        console.line(f"  {path}")
+    minutes = max(0.1, _expected_minutes(lesson, learner))
+    console.line(f"expected time: {minutes:.1f} minutes on {learner.device.type}")
+    console.line("nothing was written")
+
+
+def _expected_minutes(lesson: Lesson, learner: ContinualLearner) -> float:
+    """From the time of a few forward passes, and of reading the images once."""
+    import torch
+
+    images = torch.zeros(_SAMPLE, *learner.backbone.info.input_size, device=learner.device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            learner.backbone(images).cpu()
+            seconds.append(time.perf_counter() - start)
+    epochs = learner.config.epochs if len(lesson.train.classes) > 1 else 0
+    passes = 2 + _STEP * epochs  # one before and one after training, and the training steps
+    computing = min(seconds) / _SAMPLE * len(lesson.train) * passes
+    return (computing + lesson.seconds * (2 + epochs)) / 60

@@ -38,7 +38,8 @@ def explain(message: str, parser: ArgumentParser, method: str | None) -> str:
         return _wrong_value(found[1], found[2].strip(), parser)
     if found := re.match(r"the following arguments are required: (.*)", text):
         missing = [_shown(key.strip(), parser) for key in found[1].split(",")]
-        return f"{' and '.join(missing)} missing; see {parser.prog} --help."
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{' and '.join(missing)} {verb} missing; see {parser.prog} --help."
     if found := re.match(r"argument ([^\s:]+): expected", text):
         option = found[1].split("/")[0]
         return f"{_short(option)} needs a value{_values(_hint(option.lstrip('-'), parser))}."

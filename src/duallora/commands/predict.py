@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
+from duallora.commands.ranges import require_range
 from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ def predict(
         json: print one JSON document
         device: where to compute
     """
-    if top < 1:
-        raise DualLoRAError(f"--top must be at least 1, not {top}.")
-    if unknown_below is not None and not 0 <= unknown_below <= 1:
-        raise DualLoRAError(f"--unknown-below must be a familiarity from 0 to 1, not {unknown_below}.")
+    require_range("--top", top, 1, 1000)
+    require_range("--unknown-below", unknown_below, 0, 1)
     if out is not None and not out.absolute().parent.is_dir():
         raise DualLoRAError(f"the folder of --out {out} does not exist; create it first.")
 

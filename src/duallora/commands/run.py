@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
 from duallora.commands.choice import UNSAID, MethodChoice
+from duallora.commands.ranges import LARGEST_SEED, require_range
 
 if TYPE_CHECKING:
     from duallora.progress import Progress
@@ -38,7 +39,8 @@ def run(
     Args:
         out: folder for results.json, report.md, accuracy.png, predictions.csv, log.jsonl and model/
         stream: digits, or a folder of images with train/ and val/
-        domains: show the same images in several domains, one task each: any of photo,edges,negative,pixelated,posterised
+        domains: show the same images in several domains, one task each, separated by commas: photo, edges,
+            negative, pixelated, posterised
         tasks: number of tasks; where it is not given, 5 for digits and 10 for a folder
         order: seed of the class order (1993 is the usual one of benchmarks), or alphabetical
         classes: take the first so many of the sorted class names
@@ -51,6 +53,7 @@ def run(
         seed: of initialisation, image order and augmentation
         device: where to compute
     """
+    require_range("--seed", seed, 0, LARGEST_SEED)
     config = method.config()
 
     from duallora import streams
@@ -70,17 +73,17 @@ def run(
         "domains": shown,
     }
     loaded = streams.load(stream, **options)
-    augment = augment or loaded.augmentation
+    policy = augment or loaded.augmentation
     # Made before the folder is touched, so that an unknown backbone or device leaves nothing behind.
     learner = ContinualLearner(
-        backbone, config, seed, backbone_file=backbone_file, device=device, augment=augment, progress=progress
+        backbone, config, seed, backbone_file=backbone_file, device=device, augment=policy, progress=progress
     )
     if stream != "digits":
         _check_images(loaded, shown, progress)
     asked = {
         "method": {"name": learner.method_name, **dataclasses.asdict(config)},
         "backbone": backbone,
-        "augment": augment,
+        "augment": policy,
         "seed": seed,
         **options,
     }

@@ -16,4 +16,4 @@ def undo(model: Path) -> None:
     from duallora import checkpoint
 
     names = [task["name"] for task in checkpoint.undo(model)["tasks"]]
-    console.line(f"{model} is back at {len(names)} {'task' if len(names) == 1 else 'tasks'}: {', '.join(names)}")
+    console.line(f"{model} is back at its state after {names[-1]} (tasks: {', '.join(names)})")

@@ -35,7 +35,9 @@ def method_name(config: MethodConfig) -> str:
     for name, entry in METHODS.items():
         if type(config) is entry.config:
             return name
-    raise DualLoRAError(f"{type(config).__name__} is no method's configuration; the methods are {', '.join(METHODS)}.")
+    raise DualLoRAError(
+        f"{type(config).__name__} is no method's configuration; the methods are {', '.join(METHODS)}."
+    )
 
 
 __all__ = [

@@ -11,12 +11,13 @@ Order of the calls for one task::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from duallora.backbones import Backbone
@@ -35,7 +36,9 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-Loader = Callable[[], Iterable[Batch]]  # a fresh pass over the task's training images, evaluation view, in order
+Loader = Callable[
+    [], Iterable[Batch]
+]  # a fresh pass over the task's training images, evaluation view, in order
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,29 @@ class MethodConfig:
         for field in fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if get_origin(hint) is Literal and value not in get_args(hint):
-                raise DualLoRAError(f"{field.name} must be one of {', '.join(get_args(hint))}, not {value!r}.")
+                raise DualLoRAError(
+                    f"{field.name} must be one of {', '.join(get_args(hint))}, not {value!r}."
+                )
             positive = field.name in _POSITIVE
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or (positive and value == 0)):
-                raise DualLoRAError(f"{field.name} must be {'above' if positive else 'at least'} 0, not {value}.")
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and (value < 0 or (positive and value == 0))
+            ):
+                raise DualLoRAError(
+                    f"{field.name} must be {'above' if positive else 'at least'} 0, not {value}."
+                )
 
 
-_POSITIVE = {"epochs", "batch_size", "head_learning_rate", "learning_rate", "random_features", "top_tasks", "ridge"}
+_POSITIVE = {
+    "epochs",
+    "batch_size",
+    "head_learning_rate",
+    "learning_rate",
+    "random_features",
+    "top_tasks",
+    "ridge",
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,8 @@ class Method:
 
     Attributes:
         readout: which readout is the method's own answer.
+        autocast: precision of the backbone in passes and training; everything else runs in fp32.
+        predict_autocast: precision of the backbone in :meth:`logits`.
         forward_passes: backbone passes per image at inference.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted layers; None without.
         residual_norm: the same for the gated update.
@@ -139,6 +160,8 @@ class Method:
             self.random = RandomFeatureModel(
                 backbone.feature_dim, config.random_features, config.ridge, seed, self.device
             )
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.predict_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -157,7 +180,13 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
-        return F.cross_entropy(self.heads.current(self.backbone(batch.images).float()), batch.labels)
+        return F.cross_entropy(self.heads.current(self.features(batch.images)), batch.labels)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Final features (n, d), fp32, as passes and training see them."""
+        with self.autocast():
+            features: Tensor = self.backbone(images)
+        return features.float()
 
     def after_step(self) -> None:
         """After an optimiser step: constraints on parameters."""
@@ -170,17 +199,20 @@ class Method:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Readout:
         """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
-        features = self.backbone(images).float()
-        with torch.autocast(self.device.type, enabled=False):
-            logits = self.heads(features)
-            log_q = self.rows.log_q(features) if self.random is None else self.random.log_q(features)
-            log_task = self.task_posterior(log_q)
-            row_task, config = self.rows.task.to(self.device), self.config
-            calibrated = None
-            if config.calibration != "none":
-                calibrated = calibrate(logits, log_q, log_task, row_task, config.calibration, config.tau)
-            familiarity = self.rows.familiarity(features)
-        return Readout(logits.log_softmax(1), calibrated, log_task, familiarity, self.gate_weights(), features)
+        with self.predict_autocast():
+            features = self.backbone(images)
+        features, config = features.float(), self.config
+        logits = self.heads(features)
+        log_q = self.rows.log_q(features) if self.random is None else self.random.log_q(features)
+        log_task = self.task_posterior(log_q)
+        calibrated = None
+        if config.calibration != "none":
+            row_task = self.rows.task.to(self.device)
+            calibrated = calibrate(logits, log_q, log_task, row_task, config.calibration, config.tau)
+        familiarity = self.rows.familiarity(features)
+        return Readout(
+            logits.log_softmax(1), calibrated, log_task, familiarity, self.gate_weights(), features
+        )
 
     def task_posterior(self, log_q: Tensor) -> Tensor:
         """log p(t|f) (n, T) from the posterior over rows (n, R)."""
@@ -215,11 +247,9 @@ class Method:
     @torch.no_grad()
     def observe(self, loader: Loader) -> tuple[Tensor, Tensor]:
         """One pass over the task's images: final features (n, d) and labels (n,)."""
-        features, labels = zip(*((self.backbone(b.images).float(), b.labels) for b in loader()), strict=True)
+        features, labels = zip(*((self.features(b.images), b.labels) for b in loader()), strict=True)
         return torch.cat(features), torch.cat(labels)
 
     def generator(self, task: int) -> torch.Generator:
         """Random numbers for a task's initialisation, the same on every device and after every resume."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + task)
-
-

@@ -72,9 +72,13 @@ class DualLoRAConfig(MethodConfig):
         if not 0 < self.energy_threshold <= 1:
             raise DualLoRAError(f"energy_threshold must lie in (0, 1], not {self.energy_threshold}.")
         if self.drift == "linear" and self.class_model == "random_features":
-            raise DualLoRAError("drift='linear' moves Gaussian rows; it cannot move class_model='random_features'.")
+            raise DualLoRAError(
+                "drift='linear' moves Gaussian rows; it cannot move class_model='random_features'."
+            )
         if self.first_adapted_layer == 0 and self.gate == "first":
-            raise DualLoRAError("first_adapted_layer=0 leaves no frozen layer for gate='first'; take gate='layer' or 'off'.")
+            raise DualLoRAError(
+                "first_adapted_layer=0 leaves no frozen layer for gate='first'; take gate='layer' or 'off'."
+            )
 
 
 class DualLoRA(Method):
@@ -88,28 +92,30 @@ class DualLoRA(Method):
         layers = adapted_layers(backbone, config.first_adapted_layer)
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
         selected = config.top_tasks if config.gate != "off" else 1 << 30
-        self.adapted: dict[int, AdaptedQKV] = {
-            layer: module
-            for layer, module in wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, groups, selected)).items()
-            if isinstance(module, AdaptedQKV)
-        }
+        self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, groups, selected))
         self.subspaces: dict[Place, Subspace] = {
             (layer, group): Subspace(module.dim) for layer, module in self.adapted.items() for group in groups
         }
-        self.memory = DynamicMemory(config.gate, self._gate_points(layers, groups[-1]), _reader(backbone))
-        if config.residual != "none":
+        reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
+        self.memory = DynamicMemory(config.gate, self._gate_points(layers, groups[-1]), reader)
+        if (
+            config.residual != "none" or self.memory.points
+        ):  # energies are read for the posterior even without R
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
-        self._start: tuple[Tensor, Tensor] | None = None  # final features before the task, only with drift
+        self._start: Tensor | None = None  # final features before the task, only with drift
 
     # -- before the task -------------------------------------------------------------------------------------------
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass with the model as the last task left it: gate rows, bases A_t and Psi_t, and (with drift) features."""
         super().prepare(task, loader)
-        moments, features, labels = self._pass(loader, task)
-        self._start = (features, labels) if self.config.drift == "linear" else None
-        blocks = {p: s.new_block(moments[p].value, self.config.energy_threshold) for p, s in self._energy_places(task)}
+        moments, features, labels = self._pass(loader, final=self.config.drift == "linear")
+        self._start = features
+        blocks = {
+            p: s.new_block(moments[p].value, self.config.energy_threshold)
+            for p, s in self._energy_places(task)
+        }
         self._update_gate(task, labels, blocks)
         for place, subspace in self.subspaces.items():
             self._open(task, place, subspace, moments[place].value)
@@ -169,12 +175,13 @@ class DualLoRA(Method):
             module.merge()
         if self._start is not None and task.index > 0 and len(task.classes) > 1:
             self._follow_drift(task, loader)
-        moments, features, labels = self._pass(loader, task, own=True)
+        moments, features, labels = self._pass(loader, own=True)
         for place, subspace in self.subspaces.items():
             subspace.grow(moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places(task)}
         self._update_gate(task, labels, blocks)
-        self.remember(task, features, labels)
+        if features is not None:
+            self.remember(task, features, labels)
         self._start = None
 
     def _follow_drift(self, task: TaskInfo, loader: Loader) -> None:
@@ -189,7 +196,7 @@ class DualLoRA(Method):
             after, _ = self.observe(loader)
         finally:
             self.memory.limit = None
-        x, y = self._start[0].cpu().double(), after.cpu().double()
+        x, y = self._start.cpu().double(), after.cpu().double()
         gram = x.T @ x
         eye = torch.eye(len(gram), dtype=torch.float64)
         ridge = 0.01 * float(gram.trace()) / len(gram)
@@ -200,9 +207,20 @@ class DualLoRA(Method):
         """``|A_t B_t| / |W_0|`` and ``|Psi_t C_t| / |W_0|`` (Frobenius), mean over adapted layers and groups."""
         orthogonal, residual = [], []
         for layer, group in self.subspaces:
-            adapter, frozen = self.adapted[layer].groups[group], self.adapted[layer].frozen_weight(group).norm()
-            orthogonal.append(0.0 if adapter.a is None or adapter.b is None else float((adapter.a @ adapter.b).norm() / frozen))
-            residual.append(0.0 if adapter.psi is None or adapter.c is None else float((adapter.psi @ adapter.c).norm() / frozen))
+            adapter, frozen = (
+                self.adapted[layer].groups[group],
+                self.adapted[layer].frozen_weight(group).norm(),
+            )
+            orthogonal.append(
+                0.0
+                if adapter.a is None or adapter.b is None
+                else float((adapter.a @ adapter.b).norm() / frozen)
+            )
+            residual.append(
+                0.0
+                if adapter.psi is None or adapter.c is None
+                else float((adapter.psi @ adapter.c).norm() / frozen)
+            )
         return sum(orthogonal) / len(orthogonal), sum(residual) / len(residual)
 
     # -- readouts --------------------------------------------------------------------------------------------------
@@ -267,7 +285,9 @@ class DualLoRA(Method):
         return [
             ((layer, group), subspace)
             for (layer, group), subspace in self.subspaces.items()
-            if layer in self.memory.points and group[-1] == "v" and self.memory.points[layer].energy is not None
+            if layer in self.memory.points
+            and group[-1] == "v"
+            and self.memory.points[layer].energy is not None
         ]
 
     def _update_gate(self, task: TaskInfo, labels: Tensor, blocks: dict[Place, Tensor]) -> None:
@@ -278,20 +298,32 @@ class DualLoRA(Method):
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()
-    def _pass(self, loader: Loader, task: TaskInfo, own: bool = False) -> tuple[dict[Place, Moment], Tensor, Tensor]:
-        """A pass without gradients: moments, final features (n, d), labels (n,); gate features are left in ``_features``."""
+    def _pass(
+        self, loader: Loader, own: bool = False, final: bool = True
+    ) -> tuple[dict[Place, Moment], Tensor | None, Tensor]:
+        """A pass without gradients: moments, final features (n, d) and labels (n,); gate features are left in ``_features``.
+
+        Args:
+            loader: the task's images, evaluation view.
+            own: leave each image out of its own row in the gate (the rows of the task exist already).
+            final: whether the final features are needed; without them the pass stops at the last adapted projection.
+        """
         attentions = {layer: self.backbone.attention(layer) for layer in self.adapted}
         features, labels = [], []
         gathered: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.points}
         with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
             for batch in loader():
                 with self.memory.own_images(batch.labels, batch.indices) if own else nullcontext():
-                    features.append(self.backbone(batch.images).float())
+                    if final:
+                        features.append(self.features(batch.images))
+                    else:
+                        with self.autocast():
+                            self.backbone.project(batch.images, max(self.adapted))
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
                     found.append(self.memory.features[layer])
         self._features = {layer: torch.cat(found) for layer, found in gathered.items()}
-        return moments, torch.cat(features), torch.cat(labels)
+        return moments, torch.cat(features) if final else None, torch.cat(labels)
 
 
 def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
@@ -302,9 +334,7 @@ def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
     """
     start = max(1, backbone.depth // 3) if first is None else first
     if not start < backbone.depth:
-        raise DualLoRAError(f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}.")
+        raise DualLoRAError(
+            f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}."
+        )
     return list(range(start, backbone.depth))
-
-
-def _reader(backbone: Backbone) -> TokenReader:
-    return TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)

@@ -42,9 +42,11 @@ class LoRA(Method):
 
     def __init__(self, backbone: Backbone, config: LoRAConfig, seed: int) -> None:
         super().__init__(backbone, config, seed)
-        layers, rank = adapted_layers(backbone, config.first_adapted_layer), config.rank + config.residual_rank
-        modules = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [config.projections]))
-        self.adapted = {layer: m for layer, m in modules.items() if isinstance(m, AdaptedQKV)}
+        layers, rank = (
+            adapted_layers(backbone, config.first_adapted_layer),
+            config.rank + config.residual_rank,
+        )
+        self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [config.projections]))
         generator = self.generator(0)
         for module in self.adapted.values():
             bound = module.dim**-0.5  # Kaiming's bound for fan-in d with LoRA's a = sqrt(5)
@@ -65,14 +67,21 @@ class LoRA(Method):
         """Rows of the task; the norm is that of what the task changed."""
         super().consolidate(task, loader)
         frozen = [m.frozen_weight(self.config.projections).norm() for m in self.adapted.values()]
-        moved = [float((now - was).norm() / w) for now, was, w in zip(self._updates(), self._start, frozen, strict=True)]
+        moved = [
+            float((now - was).norm() / w)
+            for now, was, w in zip(self._updates(), self._start, frozen, strict=True)
+        ]
         self.orthogonal_norm = sum(moved) / len(moved)
 
     def state(self) -> dict[str, Tensor]:
         """A and B of every layer beside heads and rows."""
         tensors = super().state()
         for layer, module in self.adapted.items():
-            tensors |= {f"layers.{layer}.{name}": p.detach() for name, p in module.named_parameters() if p.requires_grad}
+            tensors |= {
+                f"layers.{layer}.{name}": p.detach()
+                for name, p in module.named_parameters()
+                if p.requires_grad
+            }
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

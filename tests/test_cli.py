@@ -1,0 +1,500 @@
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import faults
+from command_line import Call, assert_refused, caller, images, on_disk, use_tiny_backbone
+from duallora import METHODS, CheckFailed, ContinualLearner, checkpoint
+from duallora.cli import VERBS
+from duallora.commands.arguments import build_parser, parse
+from duallora.commands.choice import MethodChoice
+from duallora.commands.configs import shipped_configs
+from duallora.commands.evaluate import evaluate
+from duallora.commands.inspect import inspect
+from duallora.commands.learn import learn
+from duallora.commands.predict import predict
+from duallora.commands.run import run
+from duallora.commands.undo import undo
+
+COMMANDS = {
+    "run": run,
+    "learn": learn,
+    "predict": predict,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "undo": undo,
+}
+DOCS = Path(__file__).parent.parent / "docs" / "commands.md"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    use_tiny_backbone(monkeypatch)
+    return caller(capsys)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    return images(tmp_path / "pets", ["cat", "dog"], 12)
+
+
+@pytest.fixture
+def model(call: Call, pets: Path, tmp_path: Path) -> Path:
+    assert call("learn", tmp_path / "model", pets, "--epochs", 1).code == 0
+    return tmp_path / "model"
+
+
+# -- help and parsing --------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_verbs_with_a_line_each(call: Call) -> None:
+    called = call("--help")
+    assert called.code == 0
+    listed = [line.split()[0] for line in called.out.splitlines() if line.startswith("  ")]
+    assert listed == list(VERBS)
+    assert call().code == 2
+
+
+def test_version(call: Call) -> None:
+    assert call("--version") == (0, "duallora 0.1.0\n", "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_explains_every_option(call: Call, verb: str) -> None:
+    called = call(verb, "--help")
+    assert called.code == 0
+    for action in build_parser(verb, COMMANDS[verb])._actions:
+        name = action.option_strings[0] if action.option_strings else str(action.metavar)
+        assert name.replace("--method.name", "--method") in called.out
+        assert action.help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_documentation_names_every_option(verb: str) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    section = text.split(f"\n## `duallora {verb}", 1)[1].split("\n## ", 1)[0] + text.split("\n## ", 1)[0]
+    for action in build_parser(verb, COMMANDS[verb])._actions:
+        names = [name for name in action.option_strings if not name.startswith("--method.")]
+        for name in names or action.option_strings[:0] or [str(action.metavar).removesuffix("...")]:
+            assert name in section or name.startswith("--method."), name
+
+
+def test_the_documentation_names_every_field() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    fields = {name for entry in METHODS.values() for name in entry.config.__dataclass_fields__}
+    assert not {name for name in fields if f"`{name}`" not in text}
+
+
+def test_help_of_a_method_shows_its_own_fields_and_values(call: Call) -> None:
+    shown = call("run", "--help").out
+    assert "--method {duallora,frozen,linear,lora}" in shown
+    assert "--method.residual {next,protected,own,none}" in shown
+    assert "--epochs" in shown
+    other = call("run", "--method", "lora", "--help").out
+    assert "--method.residual " not in other
+    assert "--method.learning_rate" in other
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_printed_configuration_gives_the_same_run(call: Call, tmp_path: Path, name: str) -> None:
+    words = ["--out", "x", "--method", name, "--epochs", "7", "--method.tau=0.5", "--domains", "photo,edges"]
+    words += ["--train-per-class", "5", "--order", "alphabetical"]
+    printed = call("run", *words, "--print_config")
+    assert printed.code == 0
+    (tmp_path / "run.yaml").write_text(printed.out)
+    again = parse("run", run, ["--config", str(tmp_path / "run.yaml")])
+    assert again == parse("run", run, words)
+    assert again["method"].config() == METHODS[name].config(epochs=7, tau=0.5)
+
+
+def test_a_printed_configuration_of_learn_keeps_what_is_not_said(call: Call, tmp_path: Path) -> None:
+    words = ["model", "folder", "--method.rank", "3", "--dry-run"]
+    (tmp_path / "learn.yaml").write_text(call("learn", *words, "--print_config").out)
+    again = parse("learn", learn, ["--config", str(tmp_path / "learn.yaml")])
+    assert again == parse("learn", learn, words)
+    assert again["method"] == MethodChoice(None, {"rank": 3})
+    assert parse("learn", learn, ["model", "folder"])["method"] is None
+
+
+@pytest.mark.parametrize("method", ["lora", "{name: lora, rank: 3}"])
+def test_a_method_in_a_file_is_a_name_or_a_section(tmp_path: Path, method: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"out: x\nmethod: {method}\n")
+    asked = parse("run", run, ["--config", str(file)])["method"]
+    assert asked.config() == METHODS["lora"].config(rank=3 if "rank" in method else 10)
+
+
+def test_the_command_line_wins_over_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("out: x\nseed: 1\ntasks: 2\nmethod: {name: linear, epochs: 2, tau: 3}\n")
+    for words in (["--seed", "5", "--config", str(file)], [f"--config={file}", "--seed=5"]):
+        asked = parse("run", run, [*words, "--method", "lora", "--epochs", "9"])
+        assert (asked["seed"], asked["tasks"], asked["out"]) == (5, 2, Path("x"))
+        assert asked["method"].config() == METHODS["lora"].config(epochs=9, tau=3)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shipped_configuration_suits_every_method(name: str, method: str) -> None:
+    asked = parse("run", run, ["--config", name, "--out", "x", "--method", method])
+    assert asked["method"].config() == METHODS[method].config()  # the reference settings are the defaults
+    assert asked["order"] == 1993
+    assert parse("run", run, ["--config", f"{name}.yaml", "--out", "x"])["method"].name == "duallora"
+
+
+def test_the_reference_configurations() -> None:
+    assert set(shipped_configs()) >= {"cl100", "domains", "digits"}
+    cl100 = parse("run", run, ["--config", "cl100", "--out", "x"])
+    assert (cl100["tasks"], cl100["train_per_class"], cl100["holdout"]) == (10, 60, 0)
+    domains = parse("run", run, ["--config", "domains", "--out", "x"])
+    assert (domains["classes"], domains["domains"].count(",")) == (20, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("rnu", ["no command rnu", "run"]),
+        ("frobnicate", ["run, learn, predict"]),
+        ("run --out x --methd lora", ["unknown option --methd", "--method"]),
+        ("run --out x --epoch 3", ["--method.epochs"]),
+        ("run --out x --residual-rank 3", ["--method.residual_rank"]),
+        ("run --out x --method.residual-rank=3", ["--method.residual_rank"]),
+        ("run --out x --train_per_class 3", ["--train-per-class"]),
+        ("run --out x --method lara", ["no method lara", "lora"]),
+        ("run --out x --method nothing", ["duallora, frozen, linear, lora"]),
+        ("run --out x --method.residual nxt", ["--method.residual does not take nxt", "next", "protected"]),
+        ("run --out x --method lora --method.residual own", ["--method.residual", "duallora", "not of"]),
+        ("run --out x --method.rank many", ["--method.rank does not take many", "a whole number"]),
+        ("run --out x --method.tau much", ["a number"]),
+        ("run --out x --method.gate_suppress maybe", ["true or false"]),
+        ("run --out x --order alphabetic", ["did you mean alphabetical", "a whole number"]),
+        ("run --out x --augment crap", ["did you mean crop", "crop,flip"]),
+        ("run --out x --device gpu", ["auto", "cuda"]),
+        ("run --out x --tasks", ["--tasks needs a value", "a whole number"]),
+        ("run --out x --method", ["--method needs a value"]),
+        ("run --out x --seed -1", ["--seed", "from 0"]),
+        ("run --out x --method.epochs 0", ["epochs", "above 0"]),
+        ("run --out x y", ["unexpected argument y"]),
+        ("run", ["--out is missing", "run --help"]),
+        ("learn model", ["FOLDER", "missing"]),
+        ("learn model folder --max-drop 2", ["--max-drop", "0 to 1"]),
+        ("learn model folder --dryrun", ["--dry-run"]),
+        ("predict model", ["IMAGE", "missing"]),
+        ("predict model a.png --top 0", ["--top"]),
+        ("predict model a.png --unknown-below 7", ["--unknown-below"]),
+        ("undo model --josn", ["unknown option --josn"]),
+        ("inspect model --josn", ["--json"]),
+        ("run --config nowhere", ["nowhere", "cl100"]),
+        ("run --out x --config", ["--config needs a value"]),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_nearest_valid_ones(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, parts: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call(*line.split()), *parts)
+    assert not on_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("sede: 3", ["--sede", "--seed"]),
+        ("train_per_clas: 3", ["--train-per-class"]),
+        ("method: {name: lora, rnk: 3}", ["--method.rnk", "--method.rank"]),
+        ("method: {name: loro}", ["no method loro", "lora"]),
+        ("seed: [1, 2]", ["--seed", "a whole number"]),
+        ("seed: {", ["not valid YAML"]),
+        ("- seed", ["holds no configuration"]),
+        ("", ["holds no configuration"]),
+    ],
+)
+def test_a_wrong_file_is_answered_likewise(call: Call, tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    before = on_disk(tmp_path)
+    assert_refused(call("run", "--out", tmp_path / "x", "--config", tmp_path / "run.yaml"), *parts)
+    assert on_disk(tmp_path) == before
+
+
+# -- a model from its first task to undo -------------------------------------------------------------------
+
+
+def test_a_model_is_taught_asked_measured_and_taken_back(
+    call: Call, model: Path, pets: Path, tmp_path: Path
+) -> None:
+    cars = images(tmp_path / "cars", ["bus", "van"], 10)
+    first = call("inspect", model, "--json").out
+    learned = call("learn", model, cars, "--check", pets, "--max-drop", 1, "--epochs", 2, "--seed", 3)
+    assert learned.code == 0
+    for part in ("2 classes, 18 images", "% before, ", "held-back accuracy", "calibration error"):
+        assert part in learned.out
+    assert "old classes most often confused with the new ones:" in learned.out
+
+    predicted = call("predict", model, pets, cars / "bus" / "000.png", "--json", "--top", 2)
+    predictions = json.loads(predicted.out)["predictions"]
+    assert len(predictions) == 25
+    assert list(predictions[0]) == [
+        "path",
+        "class",
+        "probability",
+        "task",
+        "task_confidence",
+        "unknown",
+        "top",
+    ]
+    assert predictions[-1]["path"] == str(cars / "bus" / "000.png")
+    assert predictions[-1]["top"][0] == {
+        "class": predictions[-1]["class"],
+        "probability": predictions[-1]["probability"],
+    }
+
+    found = json.loads(call("evaluate", model, pets, "--json").out)
+    assert list(found) == ["accuracy", "tasks", "task_confusion", "calibration_error"]
+    assert [(task["name"], task["images"]) for task in found["tasks"]] == [("pets", 24), ("cars", 0)]
+    assert found["tasks"][1]["accuracy"] is None
+    assert sum(map(sum, found["task_confusion"])) == 24
+    assert "pets" in call("evaluate", model, pets).out
+
+    about = json.loads(call("inspect", model, "--json").out)
+    assert [task["classes"] for task in about["tasks"]] == [["cat", "dog"], ["bus", "van"]]
+    assert about["config"]["epochs"] == 1  # --epochs 2 was for one task
+    assert about["seed"] == 0
+    (layer,) = about["layers"]
+    assert layer["free"] == 32 - sum(layer["bases"])
+    assert len(layer["residual_ranks"]) <= 2
+    assert about["bytes"]["total"] == sum(size for part, size in about["bytes"].items() if part != "total")
+    assert "free directions" in call("inspect", model).out
+
+    assert "pets" in call("undo", model).out
+    assert call("inspect", model, "--json").out == first
+    assert_refused(call("undo", model), "othing to undo")
+
+
+def test_every_method_can_be_taught_and_inspected(call: Call, pets: Path, tmp_path: Path) -> None:
+    for name in METHODS:
+        assert call("learn", tmp_path / name, pets, "--method", name, "--epochs", 1).code == 0
+        about = json.loads(call("inspect", tmp_path / name, "--json").out)
+        assert about["method"] == name
+        assert bool(about["layers"]) == (name in ("duallora", "lora"))
+        assert call("inspect", tmp_path / name).code == 0
+
+
+def test_predictions_as_a_table_and_as_csv(call: Call, model: Path, pets: Path, tmp_path: Path) -> None:
+    called = call("predict", model, pets / "cat", "--out", tmp_path / "p.csv", "--unknown-below", 1)
+    assert called.code == 0
+    assert str(pets / "cat" / "000.png") in called.out
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert {row["class"] for row in rows} == {"unknown"}  # no familiarity reaches 1
+    assert {row["class_1"] for row in rows} <= {"cat", "dog"}
+    assert float(rows[0]["probability_1"]) + float(rows[0]["probability_2"]) == pytest.approx(1)
+
+
+def test_a_folder_with_val_is_measured_there(call: Call, tmp_path: Path) -> None:
+    images(tmp_path / "cars" / "train", ["bus", "van"], 3)
+    images(tmp_path / "cars" / "val", ["bus", "van"], 2, seed=1)
+    learned = call("learn", tmp_path / "model", tmp_path / "cars", "--name", "vehicles", "--epochs", 1)
+    assert "vehicles: 2 classes, 6 images" in learned.out
+    assert "on 4 images" in learned.out
+    assert json.loads(call("evaluate", tmp_path / "model", tmp_path / "cars", "--json").out)["tasks"] == [
+        {"name": "vehicles", "accuracy": pytest.approx(1, abs=1), "images": 4}
+    ]
+
+
+def test_few_images_are_not_held_back(call: Call, tmp_path: Path) -> None:
+    learned = call("learn", tmp_path / "model", images(tmp_path / "few", ["a", "b"], 3), "--epochs", 1)
+    assert learned.code == 0
+    assert "not measured" in learned.out
+
+
+def test_only_classes_of_ten_images_are_held_back(call: Call, tmp_path: Path) -> None:
+    images(tmp_path / "mixed", ["many"], 10)
+    images(tmp_path / "mixed", ["few"], 3)
+    learned = call("learn", tmp_path / "model", tmp_path / "mixed", "--epochs", 1)
+    assert "2 classes, 12 images" in learned.out
+    assert "on 1 images" in learned.out
+
+
+def test_the_same_folder_again_is_another_task(call: Call, model: Path, pets: Path) -> None:
+    assert "learned pets 2: 2 classes" in call("learn", model, pets).out
+    assert_refused(call("learn", model, pets, "--name", "pets"), "a task named pets already", "--name")
+
+
+def test_a_dry_run_writes_nothing(call: Call, model: Path, pets: Path, tmp_path: Path) -> None:
+    (pets / "cat" / "broken.png").write_bytes(b"no image")
+    before = on_disk(tmp_path)
+    for place in (model, tmp_path / "new"):
+        planned = call("learn", place, pets, "--dry-run")
+        assert planned.code == 0
+        for part in ("2 classes", "22 images to learn from, 2 held back", "bad images: 1", "minutes on cpu"):
+            assert part in planned.out
+        assert str(pets / "cat" / "broken.png") in planned.out
+    assert on_disk(tmp_path) == before
+
+
+def test_bad_images_are_skipped_and_counted(call: Call, pets: Path, tmp_path: Path) -> None:
+    (pets / "cat" / "broken.png").write_bytes(b"no image")
+    (pets / "dog" / "notes.txt").write_text("no image")
+    learned = call("learn", tmp_path / "model", pets, "--skip-bad-images", "--epochs", 1)
+    assert learned.code == 0
+    assert "bad images left out: 2" in learned.out
+
+
+def test_a_drop_of_the_check_leaves_the_model(call: Call, model: Path, pets: Path, tmp_path: Path) -> None:
+    """Names swapped: what was a cat is taught as a dog."""
+    (images(tmp_path / "raw", ["cat", "dog"], 12, seed=1) / "cat").rename(tmp_path / "raw" / "was_cat")
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    (tmp_path / "raw" / "dog").rename(swapped / "cat")
+    (tmp_path / "raw" / "was_cat").rename(swapped / "dog")
+    before = on_disk(model)
+    refused = call("learn", model, swapped, "--check", pets, "--epochs", 1)
+    assert_refused(refused, "100.0 % before", "% after", "0.02", code=CheckFailed.exit_code)
+    assert on_disk(model) == before
+    assert call("learn", model, swapped, "--check", pets, "--max-drop", 1, "--epochs", 1).code == 0
+
+
+def test_the_task_alone_is_trained_as_asked(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    real = ContinualLearner.learn
+
+    def spy(self: ContinualLearner, *args: Any) -> Any:
+        seen.update(epochs=self.method.config.epochs, seed=self.method.seed, augment=self.augment)
+        return real(self, *args)
+
+    monkeypatch.setattr(ContinualLearner, "learn", spy)
+    stored = json.loads(call("inspect", model, "--json").out)
+    words = ["--epochs", 2, "--seed", 5, "--augment", "none"]
+    assert call("learn", model, images(tmp_path / "cars", ["bus", "van"]), *words).code == 0
+    assert seen == {"epochs": 2, "seed": 5, "augment": "none"}
+    after = json.loads(call("inspect", model, "--json").out)
+    assert [after[key] for key in ("config", "seed", "augment")] == [
+        stored[key] for key in ("config", "seed", "augment")
+    ]
+
+
+def test_the_embedded_backbone_is_named_as_small(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call = caller(capsys)
+    folder = images(tmp_path / "pets", ["cat", "dog"], 2)
+    learned = call("learn", tmp_path / "model", folder, "--epochs", 1)
+    assert learned.code == 0
+    assert sum("--backbone vit_base_patch16_224" in line for line in learned.out.splitlines()) == 1
+    assert json.loads(call("inspect", tmp_path / "model", "--json").out)["backbone"]["name"] == "embedded"
+
+
+@pytest.mark.parametrize("kind", ["full_for_good", "interrupt", "crash"])
+def test_a_fault_at_any_file_operation_of_learn_leaves_the_old_or_the_new_model(
+    call: Call, model: Path, tmp_path: Path, kind: faults.Kind
+) -> None:
+    few = images(tmp_path / "few", ["bus", "van"], 2)
+    words = [few, "--epochs", 1, "--name", "few"]
+    tried = 0
+    for trial in faults.sweep(model, tmp_path / "trials", lambda m: call("learn", m, *words), kind):
+        names = [task["name"] for task in checkpoint.read_manifest(trial.folder)["tasks"]]
+        assert names in (["pets"], ["pets", "few"]), trial
+        assert ContinualLearner.load(trial.folder, device="cpu").classes[:2] == ["cat", "dog"]
+        if trial.operation is None:
+            assert trial.result.code == 0
+        elif kind == "full_for_good" and trial.result.code:
+            assert trial.result.code == 2
+            assert len(trial.result.err.splitlines()) == 1
+        elif kind == "interrupt":
+            assert trial.result.code == 130
+        tried += 1
+    assert tried > 8
+
+
+# -- the main job -------------------------------------------------------------------------------------------
+
+
+def test_run_writes_a_folder_and_refuses_to_write_it_again(call: Call, tmp_path: Path) -> None:
+    small = ["--classes", 4, "--tasks", 2, "--train-per-class", 6, "--holdout", 3, "--epochs", 1]
+    finished = call("run", "--out", tmp_path / "run", *small)
+    assert finished.code == 0
+    assert "Accuracy in percent" in finished.out
+    assert str(tmp_path / "run" / "report.md") in finished.out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["config"]["method"]["name"] == "duallora"
+    assert results["config"]["method"]["epochs"] == 1
+    assert results["config"]["augment"] == "crop"
+    assert len(results["tasks"]) == 2
+    before = on_disk(tmp_path)
+    assert_refused(call("run", "--out", tmp_path / "run", *small), "finished run")
+    assert_refused(call("run", "--out", tmp_path / "run", *small, "--seed", 1), "another run")
+    assert on_disk(tmp_path) == before
+
+
+def test_run_on_a_folder_in_several_domains(call: Call, tmp_path: Path) -> None:
+    images(tmp_path / "data" / "train", ["bus", "van"], 3)
+    images(tmp_path / "data" / "val", ["bus", "van"], 2, seed=1)
+    words = ["--stream", tmp_path / "data", "--domains", "photo, negative", "--method", "linear", "--epochs", 1]
+    assert call("run", "--out", tmp_path / "run", *words).code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [task["name"] for task in results["tasks"]] == ["photo", "negative"]
+    assert results["readout"] == "heads"
+    assert str(tmp_path) not in json.dumps(results["config"])
+
+
+# -- exits --------------------------------------------------------------------------------------------------
+
+
+def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_on_demand(
+    call: Call, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(checkpoint, "read", fail)
+    assert_refused(call("inspect", model), "internal error", "first line second line", code=1)
+    monkeypatch.setenv("DUALLORA_DEBUG", "1")
+    assert "Traceback" in call("inspect", model).err
+
+
+def _duallora(*words: object, **settings: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "duallora.cli", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **(pipes | settings))
+
+
+def test_the_console_entry_teaches_and_predicts(tmp_path: Path) -> None:
+    folder = images(tmp_path / "pets", ["cat", "dog"], 3)
+    taught = _duallora("learn", tmp_path / "model", folder, "--epochs", 1)
+    out, err = taught.communicate()
+    assert taught.returncode == 0, err
+    assert "2 classes, 6 images" in out
+    asked = _duallora("predict", tmp_path / "model", folder, "--json")
+    assert len(json.loads(asked.communicate()[0])["predictions"]) == 6
+    assert asked.returncode == 0
+
+
+def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = images(tmp_path / "pets", ["cat", "dog"], 3)
+    learning = _duallora("learn", tmp_path / "model", folder, "--epochs", 100_000)
+    while not (tmp_path / "model" / ".lock").exists() and learning.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)
+    learning.send_signal(signal.SIGINT)
+    out, err = learning.communicate(timeout=120)
+    assert (learning.returncode, out) == (130, "")
+    assert err.splitlines() == ["duallora: interrupted; every saved file is whole."]
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_closed_pipe_is_no_error_to_talk_about() -> None:
+    helping = _duallora("--help")
+    assert helping.stdout is not None
+    helping.stdout.close()
+    assert helping.stderr is not None
+    assert (helping.stderr.read(), helping.wait()) == ("", 141)
