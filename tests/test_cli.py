@@ -83,9 +83,8 @@ def test_the_documentation_names_every_option(verb: str) -> None:
     text = DOCS.read_text(encoding="utf-8")
     section = text.split(f"\n## `duallora {verb}", 1)[1].split("\n## ", 1)[0] + text.split("\n## ", 1)[0]
     for action in build_parser(verb, COMMANDS[verb])._actions:
-        names = [name for name in action.option_strings if not name.startswith("--method.")]
-        for name in names or action.option_strings[:0] or [str(action.metavar).removesuffix("...")]:
-            assert name in section or name.startswith("--method."), name
+        for name in action.option_strings or [str(action.metavar).removesuffix("...")]:
+            assert f"`{name}" in section or name.startswith("--method."), name
 
 
 def test_the_documentation_names_every_field() -> None:
@@ -439,7 +438,16 @@ def test_run_writes_a_folder_and_refuses_to_write_it_again(call: Call, tmp_path:
 def test_run_on_a_folder_in_several_domains(call: Call, tmp_path: Path) -> None:
     images(tmp_path / "data" / "train", ["bus", "van"], 3)
     images(tmp_path / "data" / "val", ["bus", "van"], 2, seed=1)
-    words = ["--stream", tmp_path / "data", "--domains", "photo, negative", "--method", "linear", "--epochs", 1]
+    words = [
+        "--stream",
+        tmp_path / "data",
+        "--domains",
+        "photo, negative",
+        "--method",
+        "linear",
+        "--epochs",
+        1,
+    ]
     assert call("run", "--out", tmp_path / "run", *words).code == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [task["name"] for task in results["tasks"]] == ["photo", "negative"]
@@ -463,7 +471,8 @@ def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_on_demand(
 
 
 def _duallora(*words: object, **settings: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "duallora.cli", *map(str, words)]
+    entry = "from duallora.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", entry, *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, **(pipes | settings))
 

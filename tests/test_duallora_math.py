@@ -532,6 +532,32 @@ def test_the_calibrated_readout_equals_its_formula(class_model: str) -> None:
     near(readout.heads, method.heads(readout.features).log_softmax(1))
 
 
+@pytest.mark.parametrize("class_model", ["gaussian", "random_features"])
+def test_autocast_reaches_the_backbone_alone(class_model: str) -> None:
+    """Passes run under autocast where the device has bf16: rows, temperatures, gate and sums must not notice."""
+    method, seen = method_of(class_model=class_model), []
+    remember = method.remember
+    method.remember = lambda task, features, labels: (seen.append((features, labels)), remember(task, features, labels))
+    plain = method_of(class_model=class_model)
+    for index in range(2):
+        data = random_task(index)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            method.prepare(data.info, data.loader)
+        train(method, data, 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            method.consolidate(data.info, data.loader)
+        plain.remember(data.info, *seen[-1])
+    found, expected = method.state(), plain.state()
+    names = [name for name in expected if name.startswith(("rows.", "random."))]
+    assert any(name.startswith("random.") for name in names) == (class_model == "random_features")
+    for name in names:
+        near(found[name], expected[name], rtol=1e-4, atol=1e-3)
+    for (layer, _), adapter in adapters(method):
+        update = sum(a.double() @ b.double() for a, b in adapter.factors)
+        weight = method.adapted[layer].base.weight[DIM:].double().T + update
+        near(method.adapted[layer].weight[DIM:].T, weight, atol=1e-6)
+
+
 def test_norms_are_relative_to_the_frozen_weight() -> None:
     method, data = method_of(), random_task(0)
     method.prepare(data.info, data.loader)

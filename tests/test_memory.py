@@ -230,14 +230,6 @@ def test_single_images_alone_give_finite_answers() -> None:
     assert 0 <= float(memory.familiarity(torch.zeros(1, DIM))) <= float(memory.familiarity(only[0])) <= 1
 
 
-def test_scoring_is_not_touched_by_autocast(memory: RowMemory) -> None:
-    probes = torch.randn(20, DIM, generator=torch.Generator().manual_seed(9))
-    plain = memory.log_q(probes)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = memory.log_q(probes)
-    near(cast, plain)
-
-
 # -- temperature ---------------------------------------------------------------------------------------------------
 
 

@@ -107,15 +107,16 @@ class Backbone(nn.Module):
         if layer == 0:
             self(images)
             return
-        found = self.model.forward_intermediates(
+        found: Any = self.model.forward_intermediates(
             images,
             indices=[layer - 1],
             return_prefix_tokens=True,
             stop_early=True,
             output_fmt="NLC",
             intermediates_only=True,
-        )[0]
-        x = torch.cat([found[1], found[0]], 1) if isinstance(found, tuple) else found
+        )
+        tokens = found[0]
+        x = torch.cat([tokens[1], tokens[0]], 1) if isinstance(tokens, tuple) else tokens
         block = self.model.get_submodule(f"blocks.{layer}")
         block.get_submodule("attn.qkv")(block.get_submodule("norm1")(x))
 

@@ -130,16 +130,15 @@ class RowMemory:
         return Own(labels.to(self.device) + first, f0.to(self.device))
 
     def scores(self, f: Tensor, own: Own | None = None) -> Tensor:
-        """Row scores ``s`` (n, R), up to a constant per image; the own row's mean leaves the image out if ``own`` is given."""
+        """Row scores ``s`` (n, R), up to a constant per image; ``own`` leaves each image out of its own row."""
         z = self._whiten(f)
-        scores = z @ self._nu.T - self._nu.square().sum(1) / 2
+        scores: Tensor = z @ self._nu.T - self._nu.square().sum(1) / 2
         if own is None:
             return scores
         nu = self._left_out(own)
         value = (z * nu).sum(1) - nu.square().sum(1) / 2
-        alone = (self._count[own.row] <= 1) & (
-            len(self._count) > 1
-        )  # without its only image the row does not exist
+        # Without its only image a row does not exist; where it is the only row, it stays.
+        alone = (self._count[own.row] <= 1) & (len(self._count) > 1)
         return scores.scatter(1, own.row[:, None], torch.where(alone, -torch.inf, value)[:, None])
 
     def log_q(self, f: Tensor, own: Own | None = None) -> Tensor:
@@ -193,11 +192,13 @@ class RowMemory:
         self._refresh()
 
     def _whiten(self, f: Tensor) -> Tensor:
-        return (f.float() - self._centre) @ self._map
+        whitened: Tensor = (f.float() - self._centre) @ self._map
+        return whitened
 
     def _left_out(self, own: Own) -> Tensor:
         n = self._count[own.row].clamp(min=2)[:, None]
-        return (n * self._nu[own.row] - self._whiten(own.f0)) / (n - 1)
+        nu: Tensor = (n * self._nu[own.row] - self._whiten(own.f0)) / (n - 1)
+        return nu
 
     def _refresh(self) -> None:
         m = self.moments

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -46,7 +48,7 @@ def make_fabric(device: str) -> Fabric:
 def _computes_in_bf16(device: str) -> bool:
     """Whether the device has instructions for bf16 products; where it would emulate them, fp32 is faster."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
@@ -154,14 +156,14 @@ def _train(
     """Adam with one cosine to zero over all steps; returns the number of trained parameters."""
     config = method.config
     groups = method.parameter_groups()
-    optimizer = fabric.setup_optimizers(torch.optim.Adam(groups))
+    adam = torch.optim.Adam(groups)
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
+    optimizer: Any = fabric.setup_optimizers(adam)
     for epoch in range(config.epochs):
         order = _order(len(data), method.seed, task.index, epoch)
-        found = batches(
-            data, lambda x, i, e=epoch: augmentation(x, e, i), config.batch_size, fabric.device, order
-        )
+        view = partial(_augmented, augmentation, epoch)
+        found = batches(data, view, config.batch_size, fabric.device, order)
         label = f"{task.name}: epoch {epoch + 1}/{config.epochs}"
         for batch in progress.track(found, math.ceil(len(data) / config.batch_size), label):
             optimizer.zero_grad()
@@ -170,6 +172,10 @@ def _train(
             schedule.step()
             method.after_step()
     return sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
+
+
+def _augmented(augmentation: Augmentation, epoch: int, image: Any, index: int) -> Tensor:
+    return augmentation(image, epoch, index)
 
 
 def _order(size: int, seed: int, task: int, epoch: int) -> list[int]:

@@ -50,24 +50,22 @@ class TokenReader:
         self.prefix = prefix
 
     def summary(self, x: Tensor, layer: int) -> Tensor:
-        """(B, N, d) -> (B, d), fp32. At layer 0 the class token is the same for all images: the mean patch token is used."""
+        """(B, N, d) -> (B, d), fp32; the mean patch token at layer 0, where the class token is a constant."""
         if self.has_class_token and layer > 0:
             return x[:, 0].float()
         return x[:, self.prefix :].float().mean(1)
 
     def pooled_inputs(self, attention: nn.Module, x: Tensor, qkv: Tensor, layer: int) -> Tensor:
-        """Attention-pooled inputs of every head, ``softmax(q_cls K^T) X`` (B * heads, d): what v of the class token sees."""
+        """``softmax(q_cls K^T) X`` of every head (B * heads, d): what v of the class token is made of."""
         batch, tokens, dim = x.shape
-        heads = attention.num_heads
+        heads = int(attention.num_heads)  # type: ignore[arg-type]
         q, k, _ = qkv.float().reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
-        first = (
-            q[:, :, :1]
-            if self.has_class_token and layer > 0
-            else q[:, :, self.prefix :].mean(2, keepdim=True)
-        )
+        speaks = self.has_class_token and layer > 0
+        first = q[:, :, :1] if speaks else q[:, :, self.prefix :].mean(2, keepdim=True)
         weights = (first @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, 1, N)
-        return (weights.squeeze(2) @ x.float()).reshape(-1, dim)
+        pooled: Tensor = weights.squeeze(2) @ x.float()
+        return pooled.reshape(-1, dim)
 
 
 @contextmanager

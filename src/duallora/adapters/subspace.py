@@ -41,11 +41,12 @@ def top_eigenvectors(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal basis (QR) of the span of ``columns`` (d x m), signs fixed so that the columns keep their directions."""
+    """Orthonormal basis (QR) of the span of ``columns`` (d x m); the columns keep their directions."""
     if columns.shape[1] == 0:
         return columns
     q, r = torch.linalg.qr(columns)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return signed
 
 
 class Subspace:

@@ -164,7 +164,7 @@ class DualLoRA(Method):
             if adapter.a is not None:
                 psi = subspace.phi[:, :0] if adapter.psi is None else adapter.psi.cpu().double()
                 taken = orthonormal(torch.cat([subspace.phi, psi], 1)).float().to(self.device)
-                adapter.a -= taken @ (taken.T @ adapter.a)
+                adapter.a.sub_(taken @ (taken.T @ adapter.a))
 
     # -- after the task --------------------------------------------------------------------------------------------
 
