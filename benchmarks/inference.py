@@ -1,9 +1,11 @@
-"""Inference cost of a learner with many tasks against the frozen backbone: same batch, same machine, median of pairs.
+"""Inference cost of a learner with many tasks against the frozen backbone: same batch and machine, medians.
 
-    python benchmarks/inference.py [--tasks 10] [--batch 64] [--repeats 20] [--backbone embedded] [--device cpu]
+    python benchmarks/inference.py [--tasks 10] [--batch 64] [--repeats 20] [--backbone embedded]
+                                   [--device cpu] [--limit 1.25]
 
-Random images serve as tasks: speed depends on how many tasks there are, not on what they show. The two are timed in turn, so
-that a change of the machine's speed meets both. Exit status 1 if the ratio of the medians is above ``--limit``.
+Random images serve as tasks: speed depends on how many tasks there are, not on what they show. The two are
+timed in turn, so that a change of the machine's speed meets both. Exit status 1 if the ratio of the medians
+is above ``--limit``.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def main() -> int:
+    """Measures, prints and compares with the limit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,7 +89,8 @@ def main() -> int:
     ratio = median["learner"] / median["frozen"]
     threads = torch.get_num_threads()
     print(
-        f"{args.backbone}, {args.tasks} tasks, batch {args.batch}, {learner.device}, {threads} threads, median of {args.repeats}"
+        f"{args.backbone}, {args.tasks} tasks, batch {args.batch}, {learner.device}, {threads} threads, "
+        f"median of {args.repeats}"
     )
     print(f"frozen backbone  {1e3 * median['frozen']:8.1f} ms  {args.batch / median['frozen']:8.0f} images/s")
     print(

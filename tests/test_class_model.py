@@ -49,7 +49,7 @@ def ridge_fit(h: Tensor, y: Tensor, ridge: float) -> Tensor:
 
 
 def cross_validation(h: Tensor, y: Tensor, ridge: float) -> float:
-    """``RSS / (1 - tr H / n)^2`` through ``I - H = ridge (K + ridge I)^-1``: exact also where the fit interpolates."""
+    """``RSS / (1 - tr H / n)^2`` by ``I - H = ridge (K + ridge I)^-1``, exact where the fit interpolates."""
     eye = torch.eye(len(h), dtype=torch.float64)
     left = ridge * torch.linalg.inv(h @ h.T + ridge * eye)
     return float((left @ y).square().sum() / (left.trace() / len(h)) ** 2)
@@ -124,7 +124,7 @@ def test_the_ridge_is_the_best_by_generalised_cross_validation(noise: float) -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_ridge_is_right_with_more_features_than_images(seed: int) -> None:
-    """A small ridge interpolates: residual and freedom both vanish, and their ratio must not be read off round-off."""
+    """A small ridge interpolates: residual and freedom vanish, and their ratio must not be round-off."""
     tasks = [task_images(3, 20, seed, 1.0)]
     model = learned(tasks, size=300)
     h, y = design(model, tasks)

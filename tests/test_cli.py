@@ -497,7 +497,8 @@ def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path)
     learning.send_signal(signal.SIGINT)
     out, err = learning.communicate(timeout=120)
     assert (learning.returncode, out) == (130, "")
-    assert err.splitlines() == ["duallora: interrupted; every saved file is whole."]
+    assert err.splitlines()[-1] == "duallora: interrupted; every saved file is whole."
+    assert "Traceback" not in err
     assert not (tmp_path / "model").exists()
 
 

@@ -92,7 +92,7 @@ def test_a_task_that_is_out_of_the_question_gives_no_nan(kind: str, far: float) 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_an_impossible_task_has_no_probability_and_gives_no_nan(tau: float) -> None:
-    """A posterior by energy is -inf for a task without a basis; without its weight (tau = 0) that says nothing."""
+    """A posterior by energy is -inf for a task without a basis; with tau = 0 that says nothing."""
     logits, log_q, _, row_task = example([2, 3])
     log_task = torch.tensor([[0.0, -math.inf]]).expand(5, 2)
     found = calibrate(logits, log_q, log_task, row_task, "task", tau)
@@ -136,7 +136,9 @@ def test_a_head_is_drawn_from_its_generator_alone() -> None:
     other.open(3, torch.Generator().manual_seed(6))
     assert torch.equal(first.tasks[0].weight, second.tasks[0].weight)
     assert not torch.equal(first.tasks[0].weight, other.tasks[0].weight)
-    assert float(first.tasks[0].weight.detach().abs().max()) <= 6**-0.5 and not bool(first.tasks[0].bias.any())
+    assert float(first.tasks[0].weight.detach().abs().max()) <= 6**-0.5 and not bool(
+        first.tasks[0].bias.any()
+    )
 
 
 def test_state_restores_heads_of_unequal_size_frozen() -> None:

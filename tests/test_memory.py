@@ -28,7 +28,10 @@ def task_images(classes: int, per_class: int, seed: int, spread: float = 0.7) ->
 
 
 def naive_moments(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    features, scatter = features.double(), torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    features, scatter = (
+        features.double(),
+        torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64),
+    )
     mean = torch.stack([features[labels == c].mean(0) for c in range(classes)])
     for f, c in zip(features, labels.tolist(), strict=True):
         scatter += torch.outer(f - mean[c], f - mean[c])
@@ -54,7 +57,9 @@ class Naive:
         task = int(self.row_task[row])
         features, labels = self.tasks[task]
         label = row - int((self.row_task < task).sum())
-        others = [f for f, y in zip(features, labels.tolist(), strict=True) if y == label and not torch.equal(f, f0)]
+        others = [
+            f for f, y in zip(features, labels.tolist(), strict=True) if y == label and not torch.equal(f, f0)
+        ]
         assert len(others) == int(self.count[row]) - 1
         return torch.stack(others).mean(0)
 
@@ -111,7 +116,7 @@ def naive(tasks: list[tuple[Tensor, Tensor]]) -> Naive:
     return Naive(tasks)
 
 
-# -- moments -------------------------------------------------------------------------------------------------------
+# -- moments -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -153,7 +158,7 @@ def test_a_class_missing_from_a_batch_keeps_its_moments() -> None:
     assert not bool(torch.isnan(ClassMoments.of(features[:1], labels[:1], 2).mean).any())
 
 
-# -- scores --------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 
 
 def test_posterior_equals_the_formula(memory: RowMemory, naive: Naive) -> None:
@@ -230,7 +235,7 @@ def test_single_images_alone_give_finite_answers() -> None:
     assert 0 <= float(memory.familiarity(torch.zeros(1, DIM))) <= float(memory.familiarity(only[0])) <= 1
 
 
-# -- temperature ---------------------------------------------------------------------------------------------------
+# -- temperature ---------------------------------------------------------------------------------------------
 
 
 def test_the_grid_of_temperatures_is_geometric_from_a_twentieth_to_one() -> None:
@@ -274,7 +279,7 @@ def test_rows_of_a_second_pass_replace_those_of_the_first(tasks: list[tuple[Tens
         assert torch.equal(memory.state()[name], tensor), name
 
 
-# -- familiarity ---------------------------------------------------------------------------------------------------
+# -- familiarity ---------------------------------------------------------------------------------------------
 
 
 def test_distance_is_mahalanobis_to_the_nearest_mean(memory: RowMemory, naive: Naive) -> None:
@@ -311,7 +316,9 @@ def test_familiarity_uses_quantile_and_spread_of_the_nearest_rows_task(
         task = int(naive.row_task[distances.argmin()])
         nearest_tasks.add(task)
         q95, spread = table[task]
-        assert found == pytest.approx(1 / (1 + math.exp(-(q95 - float(distances.min())) / spread)), rel=1e-3, abs=1e-6)
+        assert found == pytest.approx(
+            1 / (1 + math.exp(-(q95 - float(distances.min())) / spread)), rel=1e-3, abs=1e-6
+        )
     assert nearest_tasks == {0, 1, 2}
 
 
@@ -322,10 +329,12 @@ def test_familiarity_falls_with_the_distance(memory: RowMemory) -> None:
     assert values[0] > 0.9 and values[-1] < 1e-3
 
 
-# -- moving and saving ---------------------------------------------------------------------------------------------
+# -- moving and saving ---------------------------------------------------------------------------------------
 
 
-def test_rows_move_by_the_linear_map(tasks: list[tuple[Tensor, Tensor]], memory: RowMemory, naive: Naive) -> None:
+def test_rows_move_by_the_linear_map(
+    tasks: list[tuple[Tensor, Tensor]], memory: RowMemory, naive: Naive
+) -> None:
     drift = torch.eye(DIM, dtype=torch.float64)
     drift += 0.2 * torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     scatter, losses = memory.moments.scatter.clone(), {t: x.clone() for t, x in memory.losses.items()}
@@ -333,7 +342,8 @@ def test_rows_move_by_the_linear_map(tasks: list[tuple[Tensor, Tensor]], memory:
     near(memory.moments.mean, torch.stack([mu @ drift for mu in naive.mean]))
     near(memory.moments.scatter, drift.T @ scatter @ drift)
     assert all(torch.equal(memory.losses[t], x) for t, x in losses.items())
-    moved = Naive([(f.double() @ drift, y) for f, y in tasks])  # images moved by the same map have just these rows
+    # Images moved by the same map have just these rows.
+    moved = Naive([(f.double() @ drift, y) for f, y in tasks])
     probes = torch.randn(8, DIM, generator=torch.Generator().manual_seed(6))
     near(memory.distance(probes)[0], torch.stack([moved.distances(f).min() for f in probes]))
 
@@ -369,7 +379,7 @@ def test_learning_goes_on_after_a_load_as_without(tasks: list[tuple[Tensor, Tens
         assert torch.equal(through.state()[name], tensor), name
 
 
-# -- sums of probabilities -----------------------------------------------------------------------------------------
+# -- sums of probabilities -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_backbone, tiny_images
 from torch import Tensor, nn
 
 from duallora.adapters.inject import wrap_attention
@@ -12,12 +11,15 @@ from duallora.adapters.lora import AdaptedQKV
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import Subspace
 from duallora.backbones import Backbone
+from tiny import tiny_backbone, tiny_images
 
 DIM, HEADS, PATCHES = 32, 2, 16
 
 
 def rows_of(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 3, DIM)
+    return torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)) * torch.linspace(
+        0.1, 3, DIM
+    )
 
 
 def naive_moment(rows: Tensor) -> Tensor:
@@ -61,8 +63,15 @@ def test_no_rows_give_a_zero_moment() -> None:
 
 @pytest.mark.parametrize(
     ("class_token", "prefix", "layer", "expected"),
-    [(True, 1, 1, "class"), (True, 2, 3, "class"), (True, 1, 0, "patches"), (True, 5, 0, "patches")]
-    + [(False, 0, 0, "patches"), (False, 0, 4, "patches"), (False, 4, 1, "patches")],
+    [
+        (True, 1, 1, "class"),
+        (True, 2, 3, "class"),
+        (True, 1, 0, "patches"),
+        (True, 5, 0, "patches"),
+        (False, 0, 0, "patches"),
+        (False, 0, 4, "patches"),
+        (False, 4, 1, "patches"),
+    ],
 )
 def test_what_stands_for_an_image(class_token: bool, prefix: int, layer: int, expected: str) -> None:
     x = torch.randn(3, prefix + PATCHES, DIM)
@@ -74,7 +83,9 @@ def test_what_stands_for_an_image(class_token: bool, prefix: int, layer: int, ex
         assert torch.allclose(found, mean, atol=1e-6)
 
 
-def wrapped(family: str = "vit", groups: tuple[str, ...] = ("q", "k", "v")) -> tuple[Backbone, dict[int, AdaptedQKV]]:
+def wrapped(
+    family: str = "vit", groups: tuple[str, ...] = ("q", "k", "v")
+) -> tuple[Backbone, dict[int, AdaptedQKV]]:
     backbone = tiny_backbone(family)
     return backbone, wrap_attention(backbone, [0, 1], lambda qkv: AdaptedQKV(qkv, groups))
 
@@ -96,7 +107,7 @@ def layer_inputs(backbone: Backbone, images: Tensor) -> dict[int, Tensor]:
 
 
 def naive_pooled(qkv: nn.Linear, x: Tensor, query_tokens: list[int]) -> Tensor:
-    """``softmax(q K^T / sqrt(d_h)) X`` for the mean query of some tokens: image by image, head by head, token by token."""
+    """``softmax(q K^T / sqrt(d_h)) X`` for the mean query of some tokens, image by image, head by head."""
     width, rows = DIM // HEADS, []
     weight, bias = qkv.weight.double(), qkv.bias.double()
     for tokens in x.double():
@@ -161,7 +172,9 @@ def test_token_moments_take_all_tokens_of_every_projection() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_registers", "siglip"])
-def test_class_token_moments_are_of_the_class_token_for_q_pooled_for_v_and_of_all_tokens_for_k(family: str) -> None:
+def test_class_token_moments_are_of_the_class_token_for_q_pooled_for_v_and_of_all_tokens_for_k(
+    family: str,
+) -> None:
     images = tiny_images(5)
     backbone, moments = gathered(family, "class_token", images)
     prefix = backbone.num_prefix_tokens
@@ -208,7 +221,10 @@ def test_autocast_does_not_reach_the_moments(kind: str) -> None:
 def test_hooks_are_removed_when_the_pass_fails() -> None:
     backbone, adapted = wrapped()
     attentions = {layer: backbone.attention(layer) for layer in adapted}
-    with pytest.raises(RuntimeError, match="cut"), gather_moments(adapted, attentions, TokenReader(True, 1), "tokens"):
+    with (
+        pytest.raises(RuntimeError, match="cut"),
+        gather_moments(adapted, attentions, TokenReader(True, 1), "tokens"),
+    ):
         raise RuntimeError("cut")
     assert not any(module._forward_hooks for module in adapted.values())
 
@@ -221,7 +237,9 @@ def test_an_update_outside_the_pooled_inputs_leaves_the_class_tokens_attention_a
     subspace.grow(moments[1, "v"].value, 1.0)
     assert subspace.sizes == [6 * HEADS]
     outputs: list[Tensor] = []
-    handle = backbone.attention(1).proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0].clone()))
+    handle = backbone.attention(1).proj.register_forward_pre_hook(
+        lambda _, args: outputs.append(args[0].clone())
+    )
     module = backbone.attention(1).qkv
     free = torch.eye(DIM, dtype=torch.float64) - subspace.phi @ subspace.phi.T
     with torch.no_grad():

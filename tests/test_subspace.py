@@ -40,7 +40,7 @@ def share_of(basis: np.ndarray, moment: np.ndarray) -> float:
 
 
 def fewest_directions(phi: np.ndarray, moment: np.ndarray, share: float) -> int:
-    """Smallest m such that Phi and the m strongest directions outside it hold the share, by trying each m in turn."""
+    """Smallest m so that Phi and the m strongest directions outside it hold the share: tried one by one."""
     outside = np.eye(len(moment)) - phi @ phi.T
     values, vectors = np.linalg.eigh(outside @ moment @ outside)
     vectors = vectors[:, np.argsort(-values)]
@@ -52,8 +52,17 @@ def fewest_directions(phi: np.ndarray, moment: np.ndarray, share: float) -> int:
 
 @pytest.mark.parametrize(
     ("threshold", "task", "expected"),
-    [(0.95, 0, 0.95), (0.95, 1, 0.955), (0.95, 2, 0.9595), (0.95, 10, 1 - 0.05 * 0.9**10), (0.95, 22, 0.995)]
-    + [(0.999, 0, 0.999), (0.999, 9, 0.999), (0.5, 0, 0.5), (0.5, 1, 0.55), (1.0, 3, 1.0)],
+    [
+        (0.95, 0, 0.95),
+        (0.95, 1, 0.955),
+        (0.95, 2, 0.9595),
+        (0.95, 10, 1 - 0.05 * 0.9**10),
+        (0.95, 22, 0.995),
+        (0.999, 9, 0.999),
+        (0.5, 0, 0.5),
+        (0.5, 1, 0.55),
+        (1.0, 3, 1.0),
+    ],
 )
 def test_protected_share_grows_with_the_tasks_up_to_its_ceiling(
     threshold: float, task: int, expected: float
@@ -72,7 +81,9 @@ def test_growth_takes_the_fewest_directions_that_hold_the_share_of_each_task() -
         assert share_of(subspace.phi.numpy(), moment.numpy()) >= share - 1e-12
         if expected:
             assert share_of(subspace.phi.numpy()[:, :-1], moment.numpy()) < share
-    assert sum(size > 0 for size in subspace.sizes) >= 3, "the tasks must differ enough for the rule to matter"
+    assert sum(size > 0 for size in subspace.sizes) >= 3, (
+        "the tasks must differ enough for the rule to matter"
+    )
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,4 +1,4 @@
-"""DualLoRA: a pre-trained Vision Transformer learns new tasks one after another, keeps no old images, and does not forget."""
+"""DualLoRA: a pre-trained Vision Transformer learns tasks one after another, without keeping old images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class model on random features: ridge regression on one-hot rows over ReLU random projections (after RanPAC, NeurIPS 2023)."""
+"""Class model on ReLU random features: ridge regression on one-hot rows (after RanPAC, NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ KAPPAS = torch.logspace(0, 2, 20, dtype=torch.float64)  # 1 to 100: ridge scores
 
 
 class RandomFeatureModel:
-    """Posterior over rows ``q = softmax(kappa z)``, ``z = relu(f P) W``, from sums that add over tasks and give the joint solution.
+    """Posterior over rows ``q = softmax(kappa z)``, ``z = relu(f P) W``.
+
+    W comes from sums that add over tasks, so that it is the solution for all tasks at once.
 
     Args:
         dim: d, width of the final feature.
@@ -40,7 +42,7 @@ class RandomFeatureModel:
         return float(KAPPAS[total <= total.min()].max())
 
     def add(self, task: int, features: Tensor, labels: Tensor, classes: int) -> None:
-        """Adds a task's final features (n, d) with labels (n,) as new rows, refits W and stores the task's kappa losses."""
+        """Adds final features (n, d) with labels (n,) as new rows, refits W, stores the kappa losses."""
         first = self.targets.shape[1]
         self.targets = F.pad(self.targets, (0, classes))
         for x, y in zip(features.split(1024), labels.split(1024), strict=True):

@@ -74,4 +74,6 @@ def calibrate(
     head = within_tasks(logits, row_task, tasks)
     if kind == "class":
         return log_task[:, row_task] + within_tasks((head + log_q) / 2, row_task, tasks)
-    return (head + tau * log_task[:, row_task]).log_softmax(1)
+    if tau:  # 0 times the -inf of a task without a basis would not be a number
+        head = head + tau * log_task[:, row_task]
+    return head.log_softmax(1)

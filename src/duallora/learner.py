@@ -66,14 +66,12 @@ class ContinualLearner:
         self.backbone.to(self.fabric.device)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed)
         self.method.autocast = self.fabric.autocast
-        if (
-            self.device.type == "cuda"
-        ):  # on a CPU bf16 rounds differently for every batch size: predictions stay in fp32
+        # On a CPU bf16 rounds differently for every batch size: predictions stay in fp32 there.
+        if self.device.type == "cuda":
             self.method.predict_autocast = self.fabric.autocast
         self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
-        Augmentation(
-            self.backbone.info, augment, seed, 0
-        )  # an unknown policy is refused now, not at the first task
+        # An unknown policy is refused now, not at the first task.
+        Augmentation(self.backbone.info, augment, seed, 0)
         self.tasks: list[TaskRecord] = []
         self.classes: list[str] = []
         self._unfinished: str | None = None
@@ -160,7 +158,7 @@ class ContinualLearner:
         )
 
     def evaluate(self, dataset: Dataset[Any]) -> Evaluation:
-        """Accuracy on labelled images, over all and per task, without telling the model which task they are of.
+        """Accuracy on labelled images, over all and per task; the model is not told which task they are of.
 
         Raises:
             DualLoRAError: if a class of the data set has not been learned.
@@ -276,7 +274,7 @@ class ContinualLearner:
             backbone: the frozen backbone, if it cannot be loaded by its name.
 
         Raises:
-            DualLoRAError: if the folder holds no sound model, or the backbone is not the one it was learned on.
+            DualLoRAError: if the folder holds no sound model, or the backbone is another than the model's.
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
@@ -286,13 +284,15 @@ class ContinualLearner:
             backbone = load_backbone(info.name, copies[0] if copies else None)
         if backbone.info.sha256 != info.sha256:
             raise DualLoRAError(
-                f"the model was learned on backbone {info.name!r} with sha256 {info.sha256[:12]}, but {backbone.info.name!r} here "
-                f"has {backbone.info.sha256[:12]}; use the weights it was learned on."
+                f"the model was learned on backbone {info.name!r} with sha256 {info.sha256[:12]}, but "
+                f"{backbone.info.name!r} here has {backbone.info.sha256[:12]}; use the weights that it was "
+                "learned on."
             )
         entry = METHODS.get(manifest["method"])
         if entry is None:
             raise DualLoRAError(
-                f"the model uses method {manifest['method']!r}, unknown here; the methods are {', '.join(METHODS)}."
+                f"the model uses method {manifest['method']!r}, unknown here; "
+                f"the methods are {', '.join(METHODS)}."
             )
         config = entry.config(**manifest["config"])
         learner = cls(
@@ -316,7 +316,8 @@ class ContinualLearner:
     def _check_usable(self) -> None:
         if self._unfinished is not None:
             raise DualLoRAError(
-                f"learning {self._unfinished!r} did not finish, so this learner is between two states; load the saved model again."
+                f"learning {self._unfinished!r} did not finish, so this learner is between two states; "
+                "load the saved model again."
             )
 
 

@@ -1,8 +1,9 @@
 """Class statistics: rows with one shared covariance, the posterior they give, and how familiar an input is.
 
-A *row* is a (task, class) pair. In the coordinates ``z = (f - m) C^-T`` with ``Sigma = C C^T`` (m: mean of the row means) the score
-``s_c = f Sigma^-1 mu_c^T - 1/2 mu_c Sigma^-1 mu_c^T`` is ``z nu_c^T - |nu_c|^2 / 2`` up to a term that is the same for all rows, and the
-Mahalanobis distance is ``|z - nu_c|``: one triangular solve in fp64 when rows change, small fp32 products afterwards.
+A *row* is a (task, class) pair. In the coordinates ``z = (f - m) C^-T`` with ``Sigma = C C^T`` (m: mean of
+the row means) the score ``s_c = f Sigma^-1 mu_c^T - 1/2 mu_c Sigma^-1 mu_c^T`` is ``z nu_c^T - |nu_c|^2 / 2``
+up to a term that is the same for all rows, and the Mahalanobis distance is ``|z - nu_c|``: one triangular
+solve in fp64 when rows change, small fp32 products afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ _CHUNK = 4096  # features are merged in chunks of this many, so that fp64 copies
 
 @dataclass
 class ClassMoments:
-    """Count (k,), mean (k, d) of each class and pooled within-class scatter (d, d), fp64; sums over batches, ranks and tasks."""
+    """Count (k,), mean (k, d) of each class and pooled within-class scatter (d, d), fp64.
+
+    Moments of batches, ranks and tasks merge into those of all their images.
+    """
 
     count: Tensor
     mean: Tensor
@@ -37,7 +41,7 @@ class ClassMoments:
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int) -> ClassMoments:
-        """Moments of ``features`` (n, d) with ``labels`` (n,) in ``range(classes)``, merged chunk by chunk."""
+        """Moments of ``features`` (n, d) with ``labels`` (n,) in ``range(classes)``, merged in chunks."""
         total = cls.empty(classes, features.shape[1])
         for x, y in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
             x, y = x.cpu().double(), y.cpu()
@@ -48,7 +52,7 @@ class ClassMoments:
         return total
 
     def merge(self, other: ClassMoments) -> ClassMoments:
-        """Chan's update: the moments of both sets of images together, without the cancellation of ``E[x^2] - mu^2``."""
+        """Chan's update: moments of both sets together, without the cancellation of ``E[x^2] - mu^2``."""
         count = self.count + other.count
         share = other.count / count.clamp(min=1)
         gap = other.mean - self.mean
@@ -57,7 +61,7 @@ class ClassMoments:
 
 
 class Own(NamedTuple):
-    """For leave-one-out scores: each image's own row (n,) and its feature f0 in the latest pass without gradients (n, d)."""
+    """For leave-one-out scores: each image's own row (n,) and its feature f0 (n, d) in the latest pass."""
 
     row: Tensor
     f0: Tensor
@@ -76,9 +80,8 @@ class RowMemory:
         self.task = torch.zeros(0, dtype=torch.long)
         self.moments = ClassMoments.empty(0, dim)
         self.losses: dict[int, Tensor] = {}  # loss of every kappa on each task's images, never recomputed
-        self.distances: dict[
-            int, tuple[float, float]
-        ] = {}  # (q95, standard deviation) of each task's own images
+        # (q95, standard deviation) of each task's own images
+        self.distances: dict[int, tuple[float, float]] = {}
         self._before = self.moments.scatter  # scatter without the latest task
         self._refresh()
 
@@ -96,7 +99,7 @@ class RowMemory:
         return float(KAPPAS[total <= total.min()].max())
 
     def replace(self, task: int, new: ClassMoments) -> None:
-        """Adds the rows of ``task``, or replaces them if it is the latest task (rows of two passes are never added up)."""
+        """Adds the rows of ``task``; those of an earlier pass over the same task are replaced."""
         if task != self.tasks - 1:
             self._before = self.moments.scatter
         old = self.task < task
@@ -108,7 +111,7 @@ class RowMemory:
         self._refresh()
 
     def fit(self, task: int, features: Tensor, labels: Tensor) -> None:
-        """Stores the kappa losses and the distances of ``task`` from its images (n, d), against the rows that exist now."""
+        """Stores kappa losses and distances of ``task`` from its images (n, d), against the present rows."""
         own = self.own(task, labels, features)
         scores, row = self.scores(features, own).cpu().double(), own.row.cpu()
         counted = (self._count[own.row] > 1).cpu()
@@ -121,7 +124,8 @@ class RowMemory:
             spread = float(nearest.std(unbiased=False))
             q95 = float(nearest.quantile(0.95))
             self.distances[task] = (q95, max(spread, 1e-3 * q95, 1e-12))
-        else:  # no image to leave out: a Gaussian of d dimensions lies about sqrt(d) from its mean, give or take 1/sqrt(2)
+        else:
+            # No image to leave out: a Gaussian of d dimensions lies sqrt(d) +- 1/sqrt(2) from its mean.
             self.distances[task] = (self.dim**0.5, 2**-0.5)
 
     def own(self, task: int, labels: Tensor, f0: Tensor) -> Own:
@@ -130,7 +134,7 @@ class RowMemory:
         return Own(labels.to(self.device) + first, f0.to(self.device))
 
     def scores(self, f: Tensor, own: Own | None = None) -> Tensor:
-        """Row scores ``s`` (n, R), up to a constant per image; ``own`` leaves each image out of its own row."""
+        """Row scores ``s`` (n, R) up to a constant per image; ``own`` leaves each image out of its row."""
         z = self._whiten(f)
         scores: Tensor = z @ self._nu.T - self._nu.square().sum(1) / 2
         if own is None:
@@ -166,7 +170,7 @@ class RowMemory:
         return ((table[task, 0] - nearest) / table[task, 1]).sigmoid()
 
     def move(self, drift: Tensor) -> None:
-        """Moves all rows by the linear map ``drift`` (d, d): ``mu M`` and ``M^T scatter M`` (after SLDC, 2511.09926)."""
+        """Moves all rows by the linear map M = ``drift`` (d, d): ``mu M``, ``M^T scatter M`` (after SLDC)."""
         m = self.moments
         self.moments = ClassMoments(m.count, m.mean @ drift, drift.T @ m.scatter @ drift)
         self._refresh()
@@ -217,8 +221,8 @@ class RowMemory:
 def sum_rows(log_rows: Tensor, group: Tensor, groups: int) -> Tensor:
     """Sums probabilities given as logs (n, R) over the rows of each group (R,) -> (n, groups), as logs.
 
-    Works for tasks and for class names alike; a group without rows gets ``-inf``. The peak is taken per group: a group far below
-    the best one must not underflow, because the shares inside it are still asked for.
+    Works for tasks and for class names alike; a group without rows gets ``-inf``. The peak is taken per
+    group: one far below the best must not underflow, because the shares inside it are still asked for.
     """
     peak = log_rows.new_full((log_rows.shape[0], groups), -torch.inf)
     peak = peak.scatter_reduce(1, group.expand_as(log_rows), log_rows, "amax")

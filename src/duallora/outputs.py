@@ -22,7 +22,8 @@ class TaskRecord:
         consolidate_seconds: merge and pass after training.
         trainable_parameters: trained in this task; 0 where training was skipped.
         stored_bytes: of the whole saved state after this task, the backbone left out.
-        orthogonal_norm: norm of the task's merged update over that of ``W_0``, mean over adapted layers; None without.
+        orthogonal_norm: norm of the task's merged update over that of ``W_0``, mean over adapted layers; None
+            without.
         residual_norm: the same for the gated update.
     """
 

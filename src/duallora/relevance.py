@@ -1,4 +1,4 @@
-"""Dynamic memory: how much each task's residual adapter concerns an image, read where the layers below never change."""
+"""Dynamic memory: how much each task's residual adapter concerns an image, read above frozen layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ ENERGY_KAPPAS = torch.logspace(-0.3010299956639812, 1.6989700043360187, 20, dtyp
 
 
 class EnergyMemory:
-    """Relevance by energy in the tasks' bases, ``e_j = |f N_j|^2 / |f|^2`` over its mean on the task's own images (paper-like).
+    """Relevance by energy in the tasks' bases (paper-like).
+
+    ``e_j = |f N_j|^2 / |f|^2`` over its mean on the task's own images.
 
     Args:
         subspace: the subspace of the first adapted projection, whose blocks are the ``N_j``.
@@ -48,7 +50,8 @@ class EnergyMemory:
         """Stores the loss of every kappa on the task's images (n, d) against the bases that exist now."""
         log_energy = self._log_energy(f0).cpu().double()
         if not bool(torch.isfinite(log_energy[:, task]).all()):
-            return  # an empty basis has no posterior
+            self.losses.pop(task, None)  # an empty basis has no posterior, whatever the pass before found
+            return
         self.losses[task] = torch.stack(
             [-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()]
         )
@@ -105,7 +108,7 @@ class GatePoint:
         self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass; never saved
 
     def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
-        """Takes the features f0 (n, d) of the task's images; rows (and basis) of an earlier pass over the task are replaced."""
+        """Takes the features f0 (n, d) of the task's images, in place of those of an earlier pass."""
         self.f0 = f0.to(self.rows.device)
         self.rows.replace(task, ClassMoments.of(f0, labels, classes))
         self.rows.fit(task, f0, labels)
@@ -114,7 +117,7 @@ class GatePoint:
             self.energy.fit(task, self.f0)
 
     def weights(self, f: Tensor, own: Own | None = None, tasks: int | None = None) -> Tensor:
-        """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32 and without gradient; 1 while there is one task only.
+        """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32, without gradient; 1 for a single task.
 
         Args:
             f: features at this point.
@@ -159,7 +162,8 @@ class DynamicMemory:
     """The gate of all adapted layers: which points are read, and what a layer gets.
 
     Args:
-        mode: ``"first"`` (one point, at the first adapted layer, above frozen layers only), ``"layer"`` or ``"off"`` (all weights 1).
+        mode: ``"first"`` (one point, at the first adapted layer, above frozen layers only), ``"layer"`` or
+            ``"off"`` (all weights 1).
         points: the gate points by layer, in order.
         reader: how to read an image's feature from its tokens.
     """

@@ -1,7 +1,7 @@
-"""Makes the golden model: a saved model of the current format, and what it says about a few digits.
+"""Makes the golden model: a saved model of the current format, and what it says about a few images.
 
-``python tests/golden/make.py`` refuses to replace it, for models of a released format must stay readable: a new
-format gets a folder of its own.
+``python tests/golden/make.py`` refuses to replace it, for models of a released format must stay readable: a
+new format gets a folder of its own.
 """
 
 from __future__ import annotations
@@ -10,43 +10,62 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from PIL import Image
+from torch import Tensor
+
 from duallora import ContinualLearner, DualLoRAConfig, streams
 from duallora.checkpoint import FORMAT_VERSION
+from duallora.outputs import Outputs
 
 HERE = Path(__file__).parent
-FOLDER = HERE / f"format-{FORMAT_VERSION}"
-IMAGES = 12
+PROBABILITIES = ("heads", "calibrated", "task_posterior")  # logs in Outputs
 
 
 def stream() -> streams.Stream:
     """Two tasks of two digits each, and a few test images."""
-    return streams.digits(tasks=2, classes=4, train_per_class=10, holdout=3)
+    return streams.digits(tasks=2, classes=4, train_per_class=60, holdout=4)
+
+
+def images() -> list[Image.Image]:
+    """Test digits of the first task mixed with some of the second: no model can be sure of them."""
+    first, second = (task.test for task in stream())
+    pairs = [(first[i][0], second[i][0]) for i in range(len(first))]
+    mixed = [Image.blend(a, b, share) for share in (0.3, 0.5, 0.7) for a, b in pairs]
+    return [first[0][0], second[0][0], *mixed]
+
+
+def figures(outputs: Outputs) -> dict[str, Tensor]:
+    """What is stored: probabilities, familiarity and gate."""
+    names = (*PROBABILITIES, "familiarity", "gate")
+    return {name: _plain(getattr(outputs, name), name in PROBABILITIES) for name in names}
+
+
+def _plain(values: Tensor, logs: bool) -> Tensor:
+    return values.exp() if logs else values
 
 
 def main() -> None:
-    """Learns two tasks, one layer and low ranks, so that the file stays small."""
-    if FOLDER.exists():
-        sys.exit(f"{FOLDER} is there already")
+    """Learns two tasks with one adapted layer and low ranks, so that the file stays small."""
+    folder = HERE / f"format-{FORMAT_VERSION}"
+    if folder.exists():
+        sys.exit(f"{folder} is there already")
     config = DualLoRAConfig(
         rank=2, residual_rank=2, first_adapted_layer=5, energy_threshold=0.6, epochs=1, batch_size=8
     )
     learner = ContinualLearner("embedded", config, seed=3, device="cpu", augment="crop")
     for task in stream():
         learner.learn(task.train, name=task.name)
-    learner.save(FOLDER / "model")
-    (FOLDER / "model" / ".lock").unlink()
-    found = {}
-    for task in stream():
-        outputs = learner.outputs(task.test)
-        found[task.name] = {
-            "heads": outputs.heads.exp().tolist(),
-            "calibrated": outputs.calibrated.exp().tolist(),
-            "task_posterior": outputs.task_posterior.exp().tolist(),
-            "familiarity": outputs.familiarity.tolist(),
-            "gate": outputs.gate.tolist(),
-        }
-    text = json.dumps(found, indent=1)
-    (FOLDER / "expected.json").write_text(text + "\n")
+    learner.save(folder / "model")
+    (folder / "model" / ".lock").unlink()
+    outputs = learner.outputs_of([batch(learner)])
+    expected = {name: values.tolist() for name, values in figures(outputs).items()}
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+def batch(learner: ContinualLearner) -> Tensor:
+    """These images as the learner sees them."""
+    return torch.stack([learner.preprocess(image) for image in images()])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The two adapters beside one fused qkv projection: orthogonal (merged after each task) and residual (gated per image).
+"""The two adapters beside one fused qkv projection: orthogonal (merged), residual (gated per image).
 
-Row vectors: ``y = x (W_0 + sum_j A_j B_j) + (x A_t) B_t + sum_j w_j(image) (x Psi_j) C_j``. ``nn.Linear`` stores transposes, so
-``A B`` is added to its weight as ``(A B)^T``. A *group* is the set of projections that share one second moment and therefore
-one A, one Psi and one Phi: ``"kv"`` with all-token moments, ``"q"`` and ``"v"`` apart with class-token moments.
+Row vectors: ``y = x (W_0 + sum_j A_j B_j) + (x A_t) B_t + sum_j w_j(image) (x Psi_j) C_j``. ``nn.Linear``
+stores transposes, so ``A B`` is added to its weight as ``(A B)^T``. A *group* is the set of projections that
+share one second moment and therefore one A, one Psi and one Phi: ``"kv"`` with all-token moments, ``"q"`` and
+``"v"`` apart with class-token moments.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STACKED_LIMIT = (
-    100  # beyond this many stacked residual directions the selected ones are gathered per image instead
-)
+# Beyond this many stacked residual directions the selected ones are gathered per image instead.
+STACKED_LIMIT = 100
 
-Gate = Callable[
-    [Tensor], Tensor | None
-]  # layer input (B, N, d) -> weights of the tasks (B, T), None before the first task
+# Layer input (B, N, d) -> weights of the tasks (B, T), None before the first task.
+Gate = Callable[[Tensor], Tensor | None]
 
 
 @dataclass
@@ -54,7 +53,10 @@ class DualAdapter(nn.Module):
         self._stack: _Stack | None = None
 
     def begin(self, task: int, a: Tensor, psi: Tensor, train_a: bool = False) -> None:
-        """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); B_t and C_t start at zero, empty bases are skipped."""
+        """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); empty ones are left out.
+
+        B_t and C_t start at zero.
+        """
         self.current = task
         if a.shape[1]:
             self.a = nn.Parameter(a, requires_grad=train_a)
@@ -64,7 +66,7 @@ class DualAdapter(nn.Module):
             self.c = nn.Parameter(psi.new_zeros(psi.shape[1], self.out))
 
     def delta_weight(self) -> Tensor | None:
-        """Accumulated orthogonal update ``dW = sum_j A_j B_j`` (d x out, fp32), or None before the first merge."""
+        """Accumulated update ``dW = sum_j A_j B_j`` (d x out, fp32), or None before the first merge."""
         total = self.dense
         for a, b in self.factors:
             total = a @ b if total is None else total + a @ b
@@ -105,7 +107,7 @@ class DualAdapter(nn.Module):
         return ((x @ stack.psi) * scale.unsqueeze(1)) @ stack.c
 
     def restack(self) -> None:
-        """Lays the frozen residual adapters side by side, once after each change, so that inference concatenates nothing."""
+        """Lays the frozen residual adapters side by side once, so that inference concatenates nothing."""
         self._stack = _stack(self.residuals) if self.residuals else None
 
     def state(self) -> dict[str, Tensor]:
@@ -153,7 +155,7 @@ def _stack(parts: Sequence[Residual]) -> _Stack:
 
 
 def _gathered(x: Tensor, weights: Tensor, stack: _Stack, selected: int) -> Tensor:
-    """The same sum with each image's ``selected`` tasks gathered: cost grows with what is used, not with what is known."""
+    """The same sum over each image's ``selected`` tasks alone: its cost grows with what is used."""
     rank = max(stack.ranks)  # a smaller basis is padded with zeros, which contribute nothing
     psi = torch.stack(
         [F.pad(p, (0, rank - p.shape[1])) for p in stack.psi.split(stack.ranks, 1)]
@@ -210,7 +212,7 @@ class AdaptedQKV(nn.Module):
         return torch.cat([self.base.weight.detach()[s] for s in self.slices(group)], 0).T
 
     def refresh(self) -> None:
-        """Recomputes the effective weight from ``W_0`` and ``dW``; call after a merge, a load or a move to another device."""
+        """Recomputes the effective weight from ``W_0`` and ``dW``; call after a merge, a load or a move."""
         updates = {name: adapter.delta_weight() for name, adapter in self.groups.items()}
         if all(update is None for update in updates.values()):
             self.effective = None
@@ -239,7 +241,6 @@ class AdaptedQKV(nn.Module):
                 update = extra if update is None else update if extra is None else update + extra
             if update is not None:
                 for part, columns in zip(update.split(self.width, -1), self.slices(name), strict=True):
-                    y[..., columns].add_(
-                        part
-                    )  # y is fresh from the line above and no gradient needs its old value
+                    # In place: y is fresh from the product above and no gradient needs its old value.
+                    y[..., columns].add_(part)
         return y

@@ -1,6 +1,7 @@
-"""Second moments of what enters the adapted projections, gathered in a stream while the model runs without gradients.
+"""Second moments of what enters the adapted projections, summed in a stream during passes without gradients.
 
-Token features are never stored: each batch adds ``x^T x`` to an fp64 sum, and the sum is divided once by the number of rows.
+Token features are never stored: each batch adds ``x^T x`` to an fp64 sum, which is divided once by the number
+of rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Moment:
 
 
 class TokenReader:
-    """What stands for an image inside a layer: the class token; the mean patch token where a class token says nothing yet.
+    """What stands for an image inside a layer: the class token, or the mean patch token at layer 0.
 
     Args:
         has_class_token: whether the first token is a class token.
@@ -78,8 +79,9 @@ def gather_moments(
         adapted: wrapped projections by layer.
         attentions: the attention modules they belong to, by layer.
         reader: how to read the class token.
-        kind: ``"tokens"`` (all tokens, InfLoRA's reading) or ``"class_token"`` (the paper's: the class token's input for q,
-            attention-pooled inputs for v; k always uses all tokens, because every patch key moves with it).
+        kind: ``"tokens"`` (all tokens, InfLoRA's reading) or ``"class_token"`` (the paper's: the class
+            token's input for q, attention-pooled inputs for v; k always uses all tokens, because every patch
+            key moves with it).
 
     Yields:
         Moments by (layer, group); complete once the context is left.
@@ -96,9 +98,8 @@ def gather_moments(
 
         def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
-            with torch.autocast(
-                x.device.type, enabled=False
-            ):  # a moment summed in bf16 would lose its small directions
+            # A moment summed in bf16 would lose its small directions.
+            with torch.autocast(x.device.type, enabled=False):
                 for group in adapted[layer].groups:
                     moments[layer, group].add(rows(x, output.detach(), group))
 

@@ -1,7 +1,8 @@
 """Orthonormal bases of feature subspaces: what earlier tasks use, and where a new task may write.
 
-Row vectors throughout: a token is a row ``x`` (1 x d), a second moment is ``S = mean(x^T x)`` (d x d), a basis is d x m with
-orthonormal columns. Eigendecompositions run in fp64 on the CPU, so that the same moments give the same bases everywhere.
+Row vectors throughout: a token is a row ``x`` (1 x d), a second moment is ``S = mean(x^T x)`` (d x d), a
+basis is d x m with orthonormal columns. Eigendecompositions run in fp64 on the CPU, so that the same moments
+give the same bases everywhere.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ import torch
 from torch import Tensor
 
 RELATIVE_RANK = 1e-6  # an eigenvalue below this share of the largest one of S is round-off, not a direction
-DESIGNED_SCALE = (
-    3**-0.5
-)  # the expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA
+# The expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA.
+DESIGNED_SCALE = 3**-0.5
 
 
 def energy_share(threshold: float, task: int) -> float:
-    """Share of the energy to protect after task ``task`` (from 0): it grows, because what was cut off adds up over tasks."""
+    """Share of the energy to protect after ``task`` (from 0); it grows, because what is cut off adds up."""
     return max(threshold, min(0.995, 1.0 - (1.0 - threshold) * 0.9**task))
 
 
 def top_eigenvectors(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of a symmetric matrix by falling eigenvalue, signs fixed (the largest entry of each is positive).
+    """Eigenvectors of a symmetric matrix by falling eigenvalue; the largest entry of each is positive.
 
     Args:
         moment: (d, d), fp64.
@@ -50,7 +50,7 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 class Subspace:
-    """The directions that the tasks learned so far use at one place: ``Phi`` (d x m), in blocks ``N_j``, one a task.
+    """The directions that earlier tasks use at one place: ``Phi`` (d x m), in blocks ``N_j``, one a task.
 
     Args:
         dim: d.
@@ -77,7 +77,7 @@ class Subspace:
         return projector @ moment @ projector
 
     def design(self, moment: Tensor) -> Tensor:
-        """All usable directions (d x m, by falling energy) of ``S`` outside ``Phi``; m = 0 when the complement is exhausted."""
+        """All usable directions of ``S`` outside ``Phi`` (d x m, by falling energy); m = 0 if none."""
         return top_eigenvectors(self.complement(moment), _floor(moment))[0][:, : self.free]
 
     def protected(self, moment: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Subspace:
         return top_eigenvectors(inside @ moment @ inside, _floor(moment))[0][:, : self.phi.shape[1]]
 
     def new_block(self, moment: Tensor, threshold: float) -> Tensor:
-        """Fewest directions that lift the captured share of ``trace(S)`` to ``eps_t`` (d x m; m = 0 if it is reached already)."""
+        """Fewest directions that lift the captured share of ``trace(S)`` to ``eps_t`` (d x m; m may be 0)."""
         target = energy_share(threshold, len(self.sizes)) * moment.trace()
         vectors, values = top_eigenvectors(self.complement(moment), _floor(moment))
         vectors, values = vectors[:, : self.free], values[: self.free]
@@ -99,13 +99,13 @@ class Subspace:
     def grow(self, moment: Tensor, threshold: float) -> None:
         """Adds the block of the task just learned; ``moment`` (d, d) was measured after the task."""
         new = self.new_block(moment, threshold)
-        # Laid out as it is after a save and a load: products of the same numbers in another layout differ in the last bit.
+        # Laid out as after a save and a load: the same product in another layout differs in the last bit.
         self.phi = orthonormal(torch.cat([self.phi, new], 1)).contiguous()
         self.sizes.append(new.shape[1])
 
 
 def own_directions(moment: Tensor, taken: Tensor) -> Tensor:
-    """Directions of ``S`` (d x m, by falling energy) outside the span of ``taken`` (d x r), wherever earlier tasks may be."""
+    """Directions of ``S`` outside the span of ``taken`` (d x r), by falling energy (d x m)."""
     used = orthonormal(taken)
     projector = torch.eye(moment.shape[0], dtype=torch.float64) - used @ used.T
     return top_eigenvectors(projector @ moment @ projector, _floor(moment))[0][

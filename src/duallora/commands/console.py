@@ -14,6 +14,12 @@ from rich.text import Text
 _PIPE_WIDTH = 200  # tables in files and pipes are not cut to the width of a terminal that is not there
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves the answer to the caller; rich would end the process here."""
+        raise BrokenPipeError
+
+
 def line(text: str, *, stderr: bool = False) -> None:
     """Prints one line as it is: no markup, no wrapping, no colours."""
     _console(stderr).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -62,4 +68,4 @@ def _finite(content: Any) -> Any:
 def _console(stderr: bool) -> Console:
     # Made for every call: sys.stdout may have been replaced since the last.
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)
+    return _Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)

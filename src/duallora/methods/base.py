@@ -2,8 +2,8 @@
 
 Order of the calls for one task::
 
-    prepare(task, loader)      passes without gradients over the evaluation views; opens the head and the adapters
-    loss(batch); after_step()  once per optimiser step, on augmented views   (skipped when the task has a single class)
+    prepare(task, loader)      passes without gradients over the evaluation views; opens head and adapters
+    loss(batch); after_step()  once per optimiser step, on augmented views (skipped for a single class)
     consolidate(task, loader)  after training: merge, measure, update what is remembered
     logits(images)             any time: the readouts of a batch, without the task
     state() / load_state()     between tasks only
@@ -29,16 +29,15 @@ from duallora.relevance import part
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W), labels inside the task (B,) and the samples' indices in the task's data set (B,)."""
+    """Images (B, 3, H, W), labels inside the task (B,) and indices of the samples in its data set (B,)."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
 
 
-Loader = Callable[
-    [], Iterable[Batch]
-]  # a fresh pass over the task's training images, evaluation view, in order
+# A fresh pass over the task's training images, evaluation view, in order.
+Loader = Callable[[], Iterable[Batch]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ _POSITIVE = {
 
 @dataclass(frozen=True)
 class Readout:
-    """What a method says of a batch: n images, R rows in the order of the tasks, T tasks; all fp32 logs unless said.
+    """What a method says of a batch: n images, R rows in the order of the tasks, T tasks; fp32 logs.
 
     Attributes:
         heads: log-softmax over the concatenated heads (n, R).
@@ -131,7 +130,7 @@ class Readout:
 
 
 class Method:
-    """Heads and class rows on the final feature of a frozen backbone; subclasses add what adapts the backbone.
+    """Heads and class rows on the final feature of a frozen backbone; subclasses add adapters to it.
 
     Args:
         backbone: frozen; already on its device.
@@ -143,7 +142,8 @@ class Method:
         autocast: precision of the backbone in passes and training; everything else runs in fp32.
         predict_autocast: precision of the backbone in :meth:`logits`.
         forward_passes: backbone passes per image at inference.
-        orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted layers; None without.
+        orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
+            layers; None without.
         residual_norm: the same for the gated update.
     """
 
@@ -215,7 +215,7 @@ class Method:
         )
 
     def task_posterior(self, log_q: Tensor) -> Tensor:
-        """log p(t|f) (n, T) from the posterior over rows (n, R)."""
+        """Log p(t|f) (n, T) from the posterior over rows (n, R)."""
         return self.rows.by_task(log_q)
 
     def gate_weights(self) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""DualLoRA: an orthogonal adapter for stability, a residual adapter for plasticity, a dynamic memory that gates the second.
+"""DualLoRA: an orthogonal adapter for stability, a residual adapter for plasticity, a memory that gates it.
 
-"Dual Low-Rank Adaptation for Continual Learning with Pre-Trained Models" (arXiv 2411.00623). What is the paper's and what is ours
-stands in ``docs/method.md``, section by section in the order of this file.
+"Dual Low-Rank Adaptation for Continual Learning with Pre-Trained Models" (arXiv 2411.00623). What is the
+paper's and what is ours stands in ``docs/method.md``, section by section in the order of this file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DualLoRAConfig(MethodConfig):
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from.
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
-        gate: where the gate reads: once at the first adapted layer, at each adapted layer, or nowhere (all weights 1).
+        gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
         gate_suppress: multiply the weights by the familiarity of the image.
         top_tasks: most residual adapters that act on one image.
@@ -98,23 +98,21 @@ class DualLoRA(Method):
         }
         reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
         self.memory = DynamicMemory(config.gate, self._gate_points(layers, groups[-1]), reader)
-        if (
-            config.residual != "none" or self.memory.points
-        ):  # energies are read for the posterior even without R
+        # Energies are read for the posterior even without R.
+        if config.residual != "none" or self.memory.points:
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
         self._start: Tensor | None = None  # final features before the task, only with drift
 
-    # -- before the task -------------------------------------------------------------------------------------------
+    # -- before the task -------------------------------------------------------------------------------------
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
-        """One pass with the model as the last task left it: gate rows, bases A_t and Psi_t, and (with drift) features."""
+        """One pass with the model as the last task left it: gate rows, A_t and Psi_t, features for drift."""
         super().prepare(task, loader)
         moments, features, labels = self._pass(loader, final=self.config.drift == "linear")
         self._start = features
         blocks = {
-            p: s.new_block(moments[p].value, self.config.energy_threshold)
-            for p, s in self._energy_places(task)
+            p: s.new_block(moments[p].value, self.config.energy_threshold) for p, s in self._energy_places()
         }
         self._update_gate(task, labels, blocks)
         for place, subspace in self.subspaces.items():
@@ -125,10 +123,11 @@ class DualLoRA(Method):
         config = self.config
         free = subspace.design(moment)
         a = free[:, : config.rank]
-        if not a.shape[1]:
+        if config.rank and not a.shape[1]:
             warnings.warn(
-                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; the orthogonal "
-                f"adapter learns nothing there in task {task.name!r}. A lower energy_threshold leaves more room.",
+                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
+                f"the orthogonal adapter learns nothing there in {task.name!r}. A lower energy_threshold "
+                "leaves more room.",
                 stacklevel=2,
             )
         candidates = {
@@ -142,7 +141,7 @@ class DualLoRA(Method):
         train_a = config.orthogonal_update == "projected"
         self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, train_a)
 
-    # -- during the task -------------------------------------------------------------------------------------------
+    # -- during the task -------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """B_t, C_t (and A_t if it is trained) beside the head."""
@@ -156,7 +155,7 @@ class DualLoRA(Method):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """``orthogonal_update="projected"``: takes the parameter A_t off ``[Phi, Psi_t]``, which Adam's step does not respect."""
+        """Projected update: takes the parameter A_t off ``[Phi, Psi_t]``, which Adam's step leaves."""
         if self.config.orthogonal_update == "designed":
             return
         for (layer, group), subspace in self.subspaces.items():
@@ -166,10 +165,10 @@ class DualLoRA(Method):
                 taken = orthonormal(torch.cat([subspace.phi, psi], 1)).float().to(self.device)
                 adapter.a.sub_(taken @ (taken.T @ adapter.a))
 
-    # -- after the task --------------------------------------------------------------------------------------------
+    # -- after the task --------------------------------------------------------------------------------------
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
-        """Merges O, freezes R; a pass over the task's images grows ``Phi`` and replaces the rows of the gate."""
+        """Merges O, freezes R; a pass over the task's images grows ``Phi`` and replaces the gate's rows."""
         self.orthogonal_norm, self.residual_norm = self._norms()
         for module in self.adapted.values():
             module.merge()
@@ -178,7 +177,7 @@ class DualLoRA(Method):
         moments, features, labels = self._pass(loader, own=True)
         for place, subspace in self.subspaces.items():
             subspace.grow(moments[place].value, self.config.energy_threshold)
-        blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places(task)}
+        blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, labels, blocks)
         if features is not None:
             self.remember(task, features, labels)
@@ -187,7 +186,8 @@ class DualLoRA(Method):
     def _follow_drift(self, task: TaskInfo, loader: Loader) -> None:
         """Moves the old rows by ``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d``.
 
-        X: final features before the task; Y: after it as an old image meets the model, R_t off and the gate over earlier tasks.
+        X: final features before the task; Y: after it as an old image meets the model, R_t off and the gate
+        over earlier tasks.
         """
         if self._start is None:
             return
@@ -204,7 +204,7 @@ class DualLoRA(Method):
 
     @torch.no_grad()
     def _norms(self) -> tuple[float, float]:
-        """``|A_t B_t| / |W_0|`` and ``|Psi_t C_t| / |W_0|`` (Frobenius), mean over adapted layers and groups."""
+        """``|A_t B_t| / |W_0|`` and ``|Psi_t C_t| / |W_0|`` (Frobenius), mean over layers and groups."""
         orthogonal, residual = [], []
         for layer, group in self.subspaces:
             adapter, frozen = (
@@ -223,10 +223,10 @@ class DualLoRA(Method):
             )
         return sum(orthogonal) / len(orthogonal), sum(residual) / len(residual)
 
-    # -- readouts --------------------------------------------------------------------------------------------------
+    # -- readouts --------------------------------------------------------------------------------------------
 
     def task_posterior(self, log_q: Tensor) -> Tensor:
-        """From the rows on the final feature; with ``relevance="energy"`` and ``calibration="task"`` from the gate's energies."""
+        """From the rows on the final feature; by energy with ``calibration="task"`` from the gate's."""
         if self.config.relevance == "energy" and self.config.calibration == "task":
             layer, point = next(iter(self.memory.points.items()))
             if point.energy is not None:
@@ -237,7 +237,7 @@ class DualLoRA(Method):
         """Weights of the residual adapters in the latest pass (n, T)."""
         return None if self.config.residual == "none" else self.memory.mean_weights()
 
-    # -- state -----------------------------------------------------------------------------------------------------
+    # -- state -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """Updates, bases, subspaces, gate points, heads and rows."""
@@ -264,10 +264,10 @@ class DualLoRA(Method):
             point.load_state(part(tensors, f"gate.{layer}"))
         self.memory.tasks = len(self.heads.tasks)
 
-    # -- helpers ---------------------------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------------------
 
     def _gate_points(self, layers: list[int], group: str) -> dict[int, GatePoint]:
-        """Gate points by layer; the bases of relevance by energy are those of v where projections have bases of their own."""
+        """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""
         config, energy = self.config, self.config.relevance == "energy"
         posterior = energy and config.calibration == "task"
         if (config.residual == "none" or config.gate == "off") and not posterior:
@@ -281,7 +281,7 @@ class DualLoRA(Method):
             )
         return points
 
-    def _energy_places(self, task: TaskInfo) -> list[tuple[Place, Subspace]]:
+    def _energy_places(self) -> list[tuple[Place, Subspace]]:
         return [
             ((layer, group), subspace)
             for (layer, group), subspace in self.subspaces.items()
@@ -301,12 +301,14 @@ class DualLoRA(Method):
     def _pass(
         self, loader: Loader, own: bool = False, final: bool = True
     ) -> tuple[dict[Place, Moment], Tensor | None, Tensor]:
-        """A pass without gradients: moments, final features (n, d) and labels (n,); gate features are left in ``_features``.
+        """A pass without gradients: moments, final features (n, d) and labels (n,).
+
+        Gate features are left in ``_features``.
 
         Args:
             loader: the task's images, evaluation view.
             own: leave each image out of its own row in the gate (the rows of the task exist already).
-            final: whether the final features are needed; without them the pass stops at the last adapted projection.
+            final: whether the final features are needed; else the pass stops at the last adapted projection.
         """
         attentions = {layer: self.backbone.attention(layer) for layer in self.adapted}
         features, labels = [], []

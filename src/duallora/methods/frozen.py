@@ -1,4 +1,4 @@
-"""Frozen backbone: linear heads alone, or with the class rows and the calibration that DualLoRA uses. Controls."""
+"""Controls on the frozen backbone: linear heads alone, or with the class rows and calibration of DualLoRA."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Linear(Method):
 
 
 class Frozen(Method):
-    """No adapters; heads, rows and calibration as in DualLoRA: what a gain of the adapters is measured against."""
+    """No adapters; heads, rows and calibration as in DualLoRA: what the adapters are measured against."""
 
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"

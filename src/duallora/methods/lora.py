@@ -21,7 +21,7 @@ class LoRAConfig(MethodConfig):
     """Fields of sequential LoRA.
 
     Attributes:
-        rank: with ``residual_rank``, the rank: as many parameters as DualLoRA trains in a task, and A beside them.
+        rank: with ``residual_rank`` the rank: as many parameters as DualLoRA trains in a task, and A.
         residual_rank: see ``rank``.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.

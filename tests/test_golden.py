@@ -1,0 +1,62 @@
+"""A model saved in the past is read as it was meant; ``golden/make.py`` made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from duallora import ContinualLearner, checkpoint, streams
+from golden import make
+
+GOLDEN = make.HERE / "format-1"
+
+
+def expected() -> dict[str, torch.Tensor]:
+    stored = json.loads((GOLDEN / "expected.json").read_text())
+    return {name: torch.tensor(values) for name, values in stored.items()}
+
+
+def test_the_golden_model_predicts_what_it_did() -> None:
+    learner = ContinualLearner.load(GOLDEN / "model", device="cpu")
+    assert [task.name for task in learner.tasks] == ["task 1", "task 2"]
+    assert learner.classes == list(make.stream().class_order) == ["0", "2", "3", "1"]
+    found = make.figures(learner.outputs_of([make.batch(learner)]))
+    assert found.keys() == expected().keys()
+    for name, values in expected().items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-4, msg=name)
+
+
+def test_the_expected_values_say_something() -> None:
+    """Probabilities of 0 and 1 would be met by nearly any model."""
+    for name, values in expected().items():
+        assert len(values) == 26
+        telling = (values > 0.01) & (values < 0.99)
+        assert telling.sum() >= 6, (name, int(telling.sum()))
+
+
+def test_the_golden_model_goes_on_learning(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "model", tmp_path / "model")
+    learner = ContinualLearner.load(tmp_path / "model", device="cpu")
+    images = make.batch(learner)
+    before = learner.outputs_of([images])
+    more = streams.digits(tasks=1, classes=10, train_per_class=6, order_seed="alphabetical").tasks[0].train
+    learner.learn(more, name="task 3")
+    learner.save(tmp_path / "model")
+    loaded = ContinualLearner.load(tmp_path / "model", device="cpu")
+    assert [task.name for task in loaded.tasks] == ["task 1", "task 2", "task 3"]
+    assert len(loaded.classes) == 10
+    checkpoint.undo(tmp_path / "model")
+    restored = ContinualLearner.load(tmp_path / "model", device="cpu")
+    assert torch.equal(restored.outputs_of([images]).heads, before.heads)
+
+
+def test_the_golden_files_are_what_they_were() -> None:
+    manifest = json.loads((GOLDEN / "model" / "model.json").read_text())
+    assert manifest["format_version"] == 1
+    data = (GOLDEN / "model" / manifest["weights"]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == manifest["files"][manifest["weights"]]
+    assert len(data) < 1_500_000

@@ -1,0 +1,108 @@
+"""The examples of the README run as they stand there, on generated folders of tiny images.
+
+Run are the fenced blocks marked ``python`` and ``sh``. Blocks without a mark are not: `make run` and `make test`
+install an environment. One thing is added to one example: ``duallora run`` on all the digits takes minutes, so
+options that make it small follow what the README says.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duallora.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = {"run --out runs/first": ["--epochs", "1", "--train-per-class", "4"]}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def command_lines(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line.strip()]
+
+
+def words_of(line: str) -> list[str]:
+    name, *words = shlex.split(line, comments=True)
+    assert name == "duallora", line
+    return words + SMALLER.get(" ".join(words), [])
+
+
+def write_image(path: Path, colour: np.ndarray, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = colour + rng.normal(0, 8, (16, 16, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def write_classes(folder: Path, first: int, classes: int, images: int) -> None:
+    """Classes that differ in colour, so that a few images are enough to tell them apart."""
+    for number in range(first, first + classes):
+        rng = np.random.default_rng(number)
+        colour = np.array([number % 3, number // 3 % 3, number // 9]) * 110.0 + 15
+        for image in range(images):
+            write_image(folder / f"class-{number:02}" / f"{image}.jpg", colour, rng)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what the README's examples name."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for photo in ("photo.jpg", "holiday/1.jpg", "holiday/2.jpg"):
+        write_image(Path(photo), np.array([15.0, 15.0, 15.0]), rng)
+    return tmp_path
+
+
+def test_python_block(here: Path) -> None:
+    write_classes(here / "images/flowers", 0, classes=20, images=5)
+    (block,) = blocks("python")
+    assert len(block.splitlines()) <= 15
+    printed, names = io.StringIO(), {"__name__": "readme"}
+    with redirect_stdout(printed):
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(names["learner"].tasks) == 10 and len(names["learner"].classes) == 20
+    assert [line.split()[:2] for line in printed.getvalue().splitlines()[:2]] == [
+        ["task", "1"],
+        ["task", "2"],
+    ]
+    assert (here / "flowers/model.json").exists()
+
+
+def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(here / "images/pets", 0, classes=2, images=12)
+    write_classes(here / "images/birds", 12, classes=2, images=12)
+    lines = command_lines(blocks("sh")[0])
+    verbs = [words_of(line)[0] for line in lines]
+    assert sorted(set(verbs)) == ["evaluate", "inspect", "learn", "predict", "run", "undo"]
+    for line in lines:
+        assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
+    assert {"results.json", "report.md", "predictions.csv", "model"} <= {
+        path.name for path in (here / "runs/first").iterdir()
+    }
+
+
+def test_commands_of_the_reference_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(here / "IMAGES/train", 0, classes=20, images=2)
+    write_classes(here / "IMAGES/val", 0, classes=20, images=1)
+    (lines,) = [command_lines(block) for block in blocks("sh")[1:]]
+    for line in lines:
+        assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
+        assert (Path(words_of(line)[-1]) / "results.json").exists()
+
+
+def test_links_lead_to_files() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
