@@ -103,7 +103,7 @@ class Backbone(nn.Module):
         return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
 
     def project(self, images: Tensor, layer: int) -> None:
-        """Runs up to the qkv projection of a block and no further: for passes that only look at what enters the projections."""
+        """Runs up to the qkv projection of a block, for passes that only look at what enters projections."""
         if layer == 0:
             self(images)
             return

@@ -88,7 +88,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _print_help() -> None:
     line("usage: duallora VERB [options]\n")
-    line("A pre-trained vision transformer learns task after task and does not forget.\n")
+    line("A pre-trained vision transformer learns task after task and forgets little.\n")
     for verb, place in VERBS.items():
         module, name = place.split(":")
         summary = (getattr(importlib.import_module(module), name).__doc__ or "").strip().splitlines()[0]

@@ -153,16 +153,18 @@ class RowMemory:
         """Log-posterior over tasks (n, T) from that over rows."""
         return sum_rows(log_q, self.task.to(log_q.device), self.tasks)
 
-    def distance(self, f: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
+    def distance(self, f: Tensor, own: Own | None = None, tasks: int | None = None) -> tuple[Tensor, Tensor]:
         """Smallest Mahalanobis distance to a row's mean (n,) and the row it belongs to (n,)."""
         z = self._whiten(f)
         square = z.square().sum(1, keepdim=True) - 2 * self.scores(f, own)
+        if tasks is not None:
+            square = square.masked_fill((self.task >= tasks).to(square.device), torch.inf)
         best, row = square.min(1)
         return best.clamp(min=0).sqrt(), row
 
-    def familiarity(self, f: Tensor, own: Own | None = None) -> Tensor:
-        """``sigmoid((q95 - m) / s)`` (n,), q95 and s those of the nearest row's task."""
-        nearest, row = self.distance(f, own)
+    def familiarity(self, f: Tensor, own: Own | None = None, tasks: int | None = None) -> Tensor:
+        """``sigmoid((q95 - m) / s)`` (n,), q95 and s of the nearest row's task; ``tasks`` exist."""
+        nearest, row = self.distance(f, own, tasks)
         task = self.task.to(row.device)[row]
         table = torch.tensor(
             [self.distances.get(t, (self.dim**0.5, 2**-0.5)) for t in range(self.tasks)], device=f.device

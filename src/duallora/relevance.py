@@ -138,7 +138,7 @@ class GatePoint:
             else:
                 weights = self.energy.energies(f).clamp(max=1.0)[:, :tasks]
             if self.suppress:
-                weights = weights * self.rows.familiarity(f, own)[:, None]
+                weights = weights * self.rows.familiarity(f, own, tasks)[:, None]
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
                 weights = torch.zeros_like(weights).scatter(1, which, value)

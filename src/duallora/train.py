@@ -40,9 +40,9 @@ def make_fabric(device: str) -> Fabric:
     if not there.get(device, False):
         usable = ", ".join(name for name, found in there.items() if found)
         raise DualLoRAError(f"device {device!r} is not available on this machine; take auto, {usable}.")
-    return Fabric(
-        accelerator=device, devices=1, precision="bf16-mixed" if _computes_in_bf16(device) else "32-true"
-    )
+    # As a plugin, because precision="bf16-mixed" makes Fabric announce it on stderr at every start.
+    plugin = MixedPrecision("bf16-mixed", device) if _computes_in_bf16(device) else Precision()
+    return Fabric(accelerator=device, devices=1, plugins=plugin)
 
 
 def _computes_in_bf16(device: str) -> bool:
@@ -86,8 +86,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of a data set on a device, in order or in the given order; the last one may be smaller.
 
-    Workers decode only beside a GPU: on a CPU they would compete with the model for the same cores. They have no part in
-    any result, because every random draw is keyed by the sample.
+    Workers decode only beside a GPU: on a CPU they would compete with the model for the same cores. They have
+    no part in any result, because every random draw is keyed by the sample.
     """
     gpu = device.type == "cuda"
     loader = DataLoader(
@@ -96,7 +96,8 @@ def batches(
         sampler=order,
         num_workers=min(8, os.cpu_count() or 1) if gpu and len(data) > 256 else 0,
         pin_memory=gpu,
-        generator=torch.Generator(),  # a loader draws a seed for its workers, otherwise from the global generator
+        # A loader draws a seed for its workers, from the global generator unless it has one of its own.
+        generator=torch.Generator(),
     )
     for images, labels, indices in loader:
         yield Batch(*(x.to(device, non_blocking=gpu) for x in (images, labels, indices)))
@@ -138,7 +139,8 @@ def learn_task(
         trained = _train(method, task, data, augmentation, fabric, progress)
     else:
         progress.line(
-            f"{task.name}: a single class has nothing to tell apart; statistics are learned, training is skipped"
+            f"{task.name}: a single class has nothing to tell apart; "
+            "its statistics are learned, training is skipped"
         )
     learned = clock.lap()
     method.consolidate(task, passes("remembering"))

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from duallora.commands.choice import DEFAULT_METHOD, MethodChoice
 from duallora.commands.configs import read_config, take_config_files
-from duallora.commands.mistakes import explain, nearest
+from duallora.commands.mistakes import explain, nearest, refuse_unknown
 from duallora.errors import DualLoRAError
 
 Command = Callable[..., None]
@@ -58,13 +58,13 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         words = [_spell_out(word) for word in words]
         method = _find_method(words, configs)
     parser = build_parser(verb, command, method)
+    refuse_unknown(words, configs, parser, method)
     # Files go first: a value on the command line wins over any file, wherever it stands.
-    for config in reversed(configs):
-        words[:0] = ["--config", json.dumps(config, default=str)]
+    texts = [text for config in configs for text in ("--config", json.dumps(config, default=str))]
     try:
-        namespace = parser.parse_args(words)
+        namespace = parser.parse_args([*texts, *words])
     except ArgumentError as error:
-        raise DualLoRAError(explain(str(error), parser, method)) from error
+        raise DualLoRAError(explain(str(error), words, configs, parser)) from error
     return _keywords(command, namespace)
 
 
