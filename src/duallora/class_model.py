@@ -88,12 +88,16 @@ class RandomFeatureModel:
         values, vectors = torch.linalg.eigh(self.gram)
         values = values.clamp(min=0)
         rotated = vectors.T @ self.targets
-        energy = rotated.square().sum(1)
+        rank = min(int((values > 1e-12 * values[-1]).sum()), self.images)
+        known = values[len(values) - rank :]
+        energy = rotated[len(values) - rank :].square().sum(1) / known  # of the n squared targets
+        beyond = max(self.images - float(energy.sum()), 0.0) if rank < self.images else 0.0
 
         def validation(ridge: float) -> float:
-            gain = 2 * (energy / (values + ridge)).sum() - (values * energy / (values + ridge).square()).sum()
-            freedom = (values / (values + ridge)).sum()
-            return float((self.images - gain) / (1 - freedom / self.images).clamp(min=1e-9).square())
+            # Sums of what is left over: as differences, both would be round-off where the fit interpolates.
+            left = ridge / (known + ridge)
+            freedom = (self.images - rank + float(left.sum())) / self.images
+            return (beyond + float((energy * left.square()).sum())) / freedom**2
 
         ridge = self.ridge if self.ridge is not None else min(RIDGES.tolist(), key=validation)
         self.weight = (vectors @ (rotated / (values + ridge)[:, None])).float().to(self.device)

@@ -71,6 +71,11 @@ class Subspace:
         start = sum(self.sizes[:task])
         return self.phi[:, start : start + self.sizes[task]]
 
+    def joined(self, basis: Tensor) -> Tensor:
+        """Orthonormal basis of the span of ``Phi`` and an orthonormal ``basis`` (d x r), maybe inside ``Phi``."""
+        u, size, _ = torch.linalg.svd(basis - self.phi @ (self.phi.T @ basis), full_matrices=False)
+        return torch.cat([self.phi, u[:, size > 1e-5]], 1)  # QR would make up directions for what adds none
+
     def complement(self, moment: Tensor) -> Tensor:
         """``P S P`` with ``P = I - Phi Phi^T``."""
         projector = torch.eye(self.dim, dtype=torch.float64) - self.phi @ self.phi.T

@@ -17,7 +17,7 @@ from torch import Tensor
 from duallora.adapters.inject import wrap_attention
 from duallora.adapters.lora import AdaptedQKV
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
-from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, orthonormal, own_directions
+from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, MethodConfig, TaskInfo
@@ -162,7 +162,7 @@ class DualLoRA(Method):
             adapter = self.adapted[layer].groups[group]
             if adapter.a is not None:
                 psi = subspace.phi[:, :0] if adapter.psi is None else adapter.psi.cpu().double()
-                taken = orthonormal(torch.cat([subspace.phi, psi], 1)).float().to(self.device)
+                taken = subspace.joined(psi).float().to(self.device)
                 adapter.a.sub_(taken @ (taken.T @ adapter.a))
 
     # -- after the task --------------------------------------------------------------------------------------
