@@ -1,4 +1,4 @@
-"""The main job in miniature: real images, the embedded backbone, five tasks, and what DualLoRA is for."""
+"""The main job in miniature: real images, the embedded backbone, three tasks, and what DualLoRA is for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from duallora import ContinualLearner, DualLoRAConfig, LoRAConfig, MethodConfig,
 from duallora.progress import Progress
 from duallora.protocol import run_stream
 
-TASKS = 5
-STREAM = streams.digits(tasks=TASKS, train_per_class=12, holdout=12)
-FAST: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}  # few images need larger steps
+TASKS = 3
+STREAM = streams.digits(tasks=TASKS, classes=6, train_per_class=30, holdout=12)
+FAST: dict[str, Any] = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3}  # few images need more steps
 QUIET = Progress(quiet=True)
 
 Runs = dict[str, tuple[Path, dict[str, Any]]]
@@ -37,28 +37,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_duallora_beats_sequential_lora(runs: Runs) -> None:
-    """By far, under the plain heads that sequential LoRA is read with, and under its better readout too."""
+    """By far, under the plain heads that sequential LoRA is read with, and under its other readout too."""
     dual, lora = runs["duallora"][1], runs["lora"][1]
     assert (dual["readout"], lora["readout"]) == ("calibrated", "heads")
     assert lora["final_accuracy"] == lora["readouts"]["heads"]["final_accuracy"]
-    assert dual["final_accuracy"] > 0.7
-    assert dual["final_accuracy"] > lora["final_accuracy"] + 0.4
+    assert dual["final_accuracy"] > 0.85
+    assert dual["final_accuracy"] > lora["final_accuracy"] + 0.2
     assert dual["final_accuracy"] > lora["readouts"]["calibrated"]["final_accuracy"] + 0.3
 
 
 def test_duallora_does_not_forget(runs: Runs) -> None:
     dual, lora = runs["duallora"][1], runs["lora"][1]
     assert dual["forgetting_given_task"] <= 0.02
-    assert lora["readouts"]["calibrated"]["forgetting_given_task"] > 0.06
     assert dual["forgetting"] < 0.15 < lora["readouts"]["calibrated"]["forgetting"]
-    assert max(dual["feature_drift"]) < 0.15 < max(lora["feature_drift"])
+    assert max(dual["feature_drift"]) < 0.1 < max(lora["feature_drift"])
 
 
 def test_both_methods_do_learn(runs: Runs) -> None:
     for _, figures in runs.values():
         matrix = figures["oracle_accuracy_matrix"]
         learned = [matrix[t][t] for t in range(TASKS)]
-        assert sum(learned) / TASKS > 0.75, learned  # by chance 0.5
+        assert sum(learned) / TASKS > 0.85, learned  # by chance 0.5
         assert all(task["orthogonal_norm"] > 1e-3 for task in figures["tasks"])
     for task in runs["duallora"][1]["tasks"]:
         assert task["residual_norm"] > 1e-3

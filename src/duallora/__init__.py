@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from duallora import streams
-from duallora.backbones import Backbone, load_backbone
-from duallora.errors import CheckFailed, DualLoRAError
-from duallora.learner import ContinualLearner
-from duallora.methods import METHODS, DualLoRAConfig, FrozenConfig, LinearConfig, LoRAConfig, MethodConfig
-from duallora.outputs import Evaluation, Prediction, TaskRecord
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from duallora import streams
+    from duallora.backbones import Backbone, load_backbone
+    from duallora.errors import CheckFailed, DualLoRAError
+    from duallora.learner import ContinualLearner
+    from duallora.methods import (
+        METHODS,
+        DualLoRAConfig,
+        FrozenConfig,
+        LinearConfig,
+        LoRAConfig,
+        MethodConfig,
+    )
+    from duallora.outputs import Evaluation, Prediction, TaskRecord
 
 __all__ = [
     "METHODS",
@@ -26,3 +37,27 @@ __all__ = [
     "load_backbone",
     "streams",
 ]
+
+_HOME = {
+    "backbones": ("Backbone", "load_backbone"),
+    "errors": ("CheckFailed", "DualLoRAError"),
+    "learner": ("ContinualLearner",),
+    "methods": ("METHODS", "DualLoRAConfig", "FrozenConfig", "LinearConfig", "LoRAConfig", "MethodConfig"),
+    "outputs": ("Evaluation", "Prediction", "TaskRecord"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch takes seconds to import, and `duallora --help` or an early Ctrl-C must not wait for it.
+    if name == "streams":
+        return importlib.import_module("duallora.streams")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"duallora.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -105,7 +105,7 @@ class GatePoint:
     ) -> None:
         self.rows = RowMemory(dim, device)
         self.top_tasks, self.suppress, self.energy = top_tasks, suppress, energy
-        self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass; never saved
+        self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass
 
     def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
         """Takes the features f0 (n, d) of the task's images, in place of those of an earlier pass."""
@@ -206,6 +206,12 @@ class DynamicMemory:
     def mean_weights(self) -> Tensor | None:
         """Weights (B, T) of the latest pass, averaged over adapted layers; None before the first task."""
         return torch.stack(list(self.latest.values())).mean(0) if self.latest else None
+
+    def release(self) -> None:
+        """Forgets the features of single images, once the task they belong to has ended."""
+        self.features, self.latest = {}, {}
+        for point in self.points.values():
+            point.f0 = point.f0[:0]
 
     def _own(self, point: GatePoint) -> Own | None:
         if self._batch is None:

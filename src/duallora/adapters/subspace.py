@@ -72,9 +72,9 @@ class Subspace:
         return self.phi[:, start : start + self.sizes[task]]
 
     def joined(self, basis: Tensor) -> Tensor:
-        """Orthonormal basis of the span of ``Phi`` and an orthonormal ``basis`` (d x r), maybe inside ``Phi``."""
+        """Orthonormal basis of the span of ``Phi`` and of ``basis`` (d x r, orthonormal)."""
         u, size, _ = torch.linalg.svd(basis - self.phi @ (self.phi.T @ basis), full_matrices=False)
-        return torch.cat([self.phi, u[:, size > 1e-5]], 1)  # QR would make up directions for what adds none
+        return torch.cat([self.phi, u[:, size > 1e-5]], 1)  # QR makes up directions where basis adds none
 
     def complement(self, moment: Tensor) -> Tensor:
         """``P S P`` with ``P = I - Phi Phi^T``."""

@@ -81,6 +81,16 @@ class DualLoRAConfig(MethodConfig):
             )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a pass saw: moments, gate features by layer (n, d), final features (n, d) and labels (n,)."""
+
+    moments: dict[Place, Moment]
+    gate: dict[int, Tensor]
+    features: Tensor | None
+    labels: Tensor
+
+
 class DualLoRA(Method):
     """The method; see :class:`duallora.methods.base.Method` for the hooks and their order."""
 
@@ -109,14 +119,13 @@ class DualLoRA(Method):
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass with the model as the last task left it: gate rows, A_t and Psi_t, features for drift."""
         super().prepare(task, loader)
-        moments, features, labels = self._pass(loader, final=self.config.drift == "linear")
-        self._start = features
-        blocks = {
-            p: s.new_block(moments[p].value, self.config.energy_threshold) for p, s in self._energy_places()
-        }
-        self._update_gate(task, labels, blocks)
+        seen = self._pass(loader, final=self.config.drift == "linear")
+        self._start = seen.features
+        threshold = self.config.energy_threshold
+        blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
+        self._update_gate(task, seen, blocks)
         for place, subspace in self.subspaces.items():
-            self._open(task, place, subspace, moments[place].value)
+            self._open(task, place, subspace, seen.moments[place].value)
 
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
@@ -174,14 +183,15 @@ class DualLoRA(Method):
             module.merge()
         if self._start is not None and task.index > 0 and len(task.classes) > 1:
             self._follow_drift(task, loader)
-        moments, features, labels = self._pass(loader, own=True)
+        seen = self._pass(loader, own=True)
         for place, subspace in self.subspaces.items():
-            subspace.grow(moments[place].value, self.config.energy_threshold)
+            subspace.grow(seen.moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
-        self._update_gate(task, labels, blocks)
-        if features is not None:
-            self.remember(task, features, labels)
+        self._update_gate(task, seen, blocks)
+        if seen.features is not None:
+            self.remember(task, seen.features, seen.labels)
         self._start = None
+        self.memory.release()
 
     def _follow_drift(self, task: TaskInfo, loader: Loader) -> None:
         """Moves the old rows by ``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d``.
@@ -290,20 +300,16 @@ class DualLoRA(Method):
             and self.memory.points[layer].energy is not None
         ]
 
-    def _update_gate(self, task: TaskInfo, labels: Tensor, blocks: dict[Place, Tensor]) -> None:
+    def _update_gate(self, task: TaskInfo, seen: _Seen, blocks: dict[Place, Tensor]) -> None:
         """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
         by_layer = {layer: block for (layer, _), block in blocks.items()}
         for layer, point in self.memory.points.items():
-            point.observe(task.index, self._features[layer], labels, len(task.classes), by_layer.get(layer))
+            point.observe(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()
-    def _pass(
-        self, loader: Loader, own: bool = False, final: bool = True
-    ) -> tuple[dict[Place, Moment], Tensor | None, Tensor]:
-        """A pass without gradients: moments, final features (n, d) and labels (n,).
-
-        Gate features are left in ``_features``.
+    def _pass(self, loader: Loader, own: bool = False, final: bool = True) -> _Seen:
+        """A pass without gradients over the task's images.
 
         Args:
             loader: the task's images, evaluation view.
@@ -324,8 +330,8 @@ class DualLoRA(Method):
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
                     found.append(self.memory.features[layer])
-        self._features = {layer: torch.cat(found) for layer, found in gathered.items()}
-        return moments, torch.cat(features) if final else None, torch.cat(labels)
+        gate = {layer: torch.cat(found) for layer, found in gathered.items()}
+        return _Seen(moments, gate, torch.cat(features) if final else None, torch.cat(labels))
 
 
 def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
