@@ -539,6 +539,9 @@ def test_rows_follow_the_linear_drift_of_the_current_images() -> None:
     moved = method.rows.moments
     near(moved.mean[:2], torch.stack([mu @ drift for mu in old.mean]), atol=1e-4)
     assert float((moved.mean[:2] - old.mean).abs().max()) > 1e-2
+    point = method.memory.points[1]
+    assert len(point.f0) == 0, "features of images are held until the task ends, no longer"
+    point.f0 = calls_of(method.adapted[1], lambda: method.backbone(data.images))[0][:, 0]
     with method.memory.own_images(data.labels, torch.arange(12)):  # as in the pass after
         fresh = ClassMoments.of(method.backbone(data.images), data.labels, 2)
     near(moved.mean[2:], fresh.mean, atol=1e-4)
