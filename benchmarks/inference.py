@@ -73,12 +73,8 @@ def main() -> int:
         learner.device
     )
 
-    def plain() -> torch.Tensor:
-        with learner.method.predict_autocast():
-            return frozen(batch)
-
     with torch.no_grad():
-        calls = {"frozen": plain, "learner": lambda: learner.method.logits(batch)}
+        calls = {"frozen": lambda: frozen(batch), "learner": lambda: learner.method.logits(batch)}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for repeat in range(args.repeats + 3):
             for name, call in calls.items():

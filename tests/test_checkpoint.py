@@ -32,7 +32,10 @@ def weights(generation: int) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, generation: int, backbone: Path | None = None) -> None:
-    extra = {} if backbone is None else {"backbone": backbone}
+    extra = {}
+    if backbone is not None:
+        digest = checkpoint.sha256_of(backbone) if backbone.exists() else "0" * 64
+        extra = {"backbone": (backbone, digest)}
     with checkpoint.exclusive(folder):
         checkpoint.commit(
             folder,
@@ -481,3 +484,24 @@ def test_a_large_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(atomic, "_CHUNK", 7)
     checkpoint.write_atomic(tmp_path / "file", bytes(range(100)))
     assert (tmp_path / "file").read_bytes() == bytes(range(100))
+
+
+def test_an_extra_file_is_read_once_and_must_be_the_one_that_was_loaded(tmp_path: Path) -> None:
+    backbone = tmp_path / "vit.safetensors"
+    backbone.write_bytes(b"first")
+    digest = checkpoint.sha256_of(backbone)
+    save(tmp_path / "model", 1, backbone)
+    backbone.write_bytes(b"another")
+    with checkpoint.exclusive(tmp_path / "model"):
+        # The copy in the folder is enough: the source may have changed or gone.
+        checkpoint.commit(
+            tmp_path / "model", {"generation": 2}, weights(2), extra_files={"backbone": (backbone, digest)}
+        )
+    assert generation_of(tmp_path / "model") == 2
+    with (
+        checkpoint.exclusive(tmp_path / "other"),
+        pytest.raises(DualLoRAError, match="has changed since it was loaded"),
+    ):
+        checkpoint.commit(
+            tmp_path / "other", {"generation": 1}, weights(1), extra_files={"backbone": (backbone, digest)}
+        )

@@ -27,6 +27,7 @@ class Info:
     input_size: tuple[int, int, int] = (3, 64, 64)
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
 INFO: Any = Info()
@@ -149,3 +150,19 @@ def test_augmentation_is_cheap() -> None:
             augment(image, 0, index)
         seconds.append((time.perf_counter() - start) / 200)
     assert min(seconds) < 2e-3  # usually below 1e-4; the bound leaves room for a busy machine
+
+
+def test_squash_resizes_without_keeping_the_aspect_ratio() -> None:
+    info: Any = Info(input_size=(3, 8, 8), crop_pct=1.0, crop_mode="squash")
+    picture = Image.new("RGB", (32, 8), "black")
+    picture.paste("white", (0, 0, 8, 8))  # the left quarter
+    view = evaluation_transform(info)(picture)
+    assert view[0, :, 0].min() > view[0, :, -1].max()  # a centre crop would have cut it off
+    cropped: Any = Info(input_size=(3, 8, 8), crop_pct=1.0)
+    assert evaluation_transform(cropped)(picture)[0].std() < 1e-6
+
+
+def test_an_unknown_crop_mode_is_refused() -> None:
+    info: Any = Info(crop_mode="border")
+    with pytest.raises(DualLoRAError, match="center, squash"):
+        evaluation_transform(info)

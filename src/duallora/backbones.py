@@ -40,6 +40,7 @@ class BackboneInfo:
         input_size: (channels, height, width).
         interpolation: as timm names it (``"bicubic"``, ``"bilinear"``).
         crop_pct: share of the resized image that the centre crop keeps.
+        crop_mode: ``"center"`` keeps the aspect ratio before the crop; ``"squash"`` does not.
         file: path of a local weight file, or None.
     """
 
@@ -51,6 +52,7 @@ class BackboneInfo:
     interpolation: str
     crop_pct: float
     file: str | None = None
+    crop_mode: str = "center"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -78,6 +80,7 @@ class Backbone(nn.Module):
         num_prefix_tokens: tokens before the patch tokens (class, distillation, registers).
         pooling: in words, what the final feature is.
         plain_qkv: the projections that an adapter has replaced, by layer.
+        taken: whether a method has it already; two on one backbone would see each other's adapters.
 
     Raises:
         DualLoRAError: the model is of a family whose attention cannot be wrapped.
@@ -96,6 +99,7 @@ class Backbone(nn.Module):
         self.num_prefix_tokens: int = self.model.num_prefix_tokens
         self.pooling = describe_pooling(self.model)
         self.plain_qkv: dict[int, nn.Linear] = {}
+        self.taken = False
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -239,6 +243,7 @@ def _timm_info(model: nn.Module, name: str, sha256: str, file: Path | None) -> B
         interpolation=str(data["interpolation"]),
         crop_pct=float(data["crop_pct"]),
         file=None if file is None else str(file),
+        crop_mode=str(data.get("crop_mode", "center")),
     )
 
 

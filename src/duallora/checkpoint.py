@@ -54,8 +54,8 @@ def commit(
     manifest: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
-    extra_files: Mapping[str, Path] = {},
-) -> None:
+    extra_files: Mapping[str, tuple[Path, str]] = {},
+) -> str:
     """Saves one generation; the caller holds :func:`exclusive` on the folder.
 
     Args:
@@ -64,7 +64,11 @@ def commit(
             (that file's name), ``files`` (name to sha256) and ``previous`` (the generation before, without
             its own).
         tensors: the weights, any shape and dtype; they are written contiguous and from the CPU.
-        extra_files: ``{"backbone": path}`` copies that file once, as ``backbone-<sha256[:12]>.safetensors``.
+        extra_files: ``{"backbone": (path, sha256)}`` copies that file once, as
+            ``backbone-<sha256[:12]>.safetensors``; the source is not read again afterwards.
+
+    Returns:
+        The name of the weight file, which identifies the generation.
 
     Raises:
         DualLoRAError: the disk is full or not writable (the saved model is as it was), or the folder holds a
@@ -95,6 +99,7 @@ def commit(
         raise
     _confirm(folder)
     _remove_unnamed(folder, new)
+    return weights
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -184,17 +189,18 @@ def _confirm(folder: Path) -> None:
         ) from error
 
 
-def _copy_all(folder: Path, extra_files: Mapping[str, Path]) -> dict[str, str]:
+def _copy_all(folder: Path, extra_files: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
     """Copies files that are not there yet; returns their names in the folder and hashes."""
     files = {}
-    for stem, source in extra_files.items():
-        digest = sha256_of(source)
+    for stem, (source, digest) in extra_files.items():
         target = folder / f"{stem}-{digest[:12]}.safetensors"
         if not _OWN_FILE.fullmatch(target.name):
             raise ValueError(f"extra_files takes 'backbone', not {stem!r}")
-        there = target.exists() and (target.samefile(source) or sha256_of(target) == digest)
+        there = target.exists() and sha256_of(target) == digest
         if not there and replace_file(target, chunks_of(source)) != digest:
-            raise DualLoRAError(f"{source} changed while it was copied; what was saved before is intact.")
+            raise DualLoRAError(
+                f"{source} has changed since it was loaded; what was saved before is intact. Load it again."
+            )
         files[target.name] = digest
     return files
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duallora.memory import best_kappa
+
 RIDGES = torch.logspace(-8, 8, 17, dtype=torch.float64)
 KAPPAS = torch.logspace(0, 2, 20, dtype=torch.float64)  # 1 to 100: ridge scores lie between 0 and 1
 
@@ -36,10 +38,7 @@ class RandomFeatureModel:
     @property
     def kappa(self) -> float:
         """Temperature with the smallest leave-one-out loss summed over tasks; the largest among equals."""
-        if not self.losses:
-            return 1.0
-        total = torch.stack([self.losses[t] for t in sorted(self.losses)]).sum(0)
-        return float(KAPPAS[total <= total.min()].max())
+        return best_kappa(KAPPAS, self.losses)
 
     def add(self, task: int, features: Tensor, labels: Tensor, classes: int) -> None:
         """Adds final features (n, d) with labels (n,) as new rows, refits W, stores the kappa losses."""

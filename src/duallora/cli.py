@@ -7,8 +7,11 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from duallora.commands.console import line
 from duallora.errors import DualLoRAError
@@ -42,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):
             # A file name need not be valid in the terminal's encoding; it is shown escaped then.
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        code = _dispatch(words)
+        with _plain_warnings():
+            code = _dispatch(words)
         sys.stdout.flush()
         return code
     except DualLoRAError as error:
@@ -84,6 +88,24 @@ def _dispatch(words: list[str]) -> int:
         return int(exit_.code or 0)
     command(**keywords)
     return 0
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, a warning of this package is one line on stderr, without the place in the source."""
+    shown, package = warnings.showwarning, str(Path(__file__).parent)
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if filename.startswith(package):
+            line(f"duallora: {' '.join(str(message).split())}", stderr=True)
+        else:
+            shown(message, category, filename, *rest)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def _print_help() -> None:

@@ -17,6 +17,7 @@ from duallora import checkpoint, metrics
 from duallora.backbones import Backbone, BackboneInfo, load_backbone
 from duallora.errors import DualLoRAError
 from duallora.images import to_pil
+from duallora.memory import sum_rows
 from duallora.methods import METHODS, DualLoRAConfig, Method, MethodConfig, TaskInfo, method_name
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
 from duallora.progress import Progress
@@ -66,15 +67,13 @@ class ContinualLearner:
         self.backbone.to(self.fabric.device)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed)
         self.method.autocast = self.fabric.autocast
-        # On a CPU bf16 rounds differently for every batch size: predictions stay in fp32 there.
-        if self.device.type == "cuda":
-            self.method.predict_autocast = self.fabric.autocast
         self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
         # An unknown policy is refused now, not at the first task.
         Augmentation(self.backbone.info, augment, seed, 0)
         self.tasks: list[TaskRecord] = []
         self.classes: list[str] = []
         self._unfinished: str | None = None
+        self._origin: tuple[Path, str] | None = None  # where this state was loaded from or saved to last
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +93,8 @@ class ContinualLearner:
             name: of the task; default ``task N``.
 
         Raises:
-            DualLoRAError: if the data set or the name cannot be used. The learner is as it was then.
+            DualLoRAError: if the data set or the name cannot be used: the learner is as it was then. After
+                any other error or interruption it has to be loaded again.
         """
         self._check_usable()
         data, classes = _present_classes(dataset)
@@ -204,13 +204,10 @@ class ContinualLearner:
         outputs = self.outputs_of(self._batches(items))
         probabilities = metrics.class_probabilities(outputs, outputs.readout)
         values, which = probabilities.topk(min(max(top, 1), len(self.classes)), 1)
-        task_log = (
-            outputs.task_posterior
-            if outputs.task_posterior is not None
-            else torch.zeros(len(items), len(self.tasks))
-        )
-        confidence, task = task_log.exp().max(1)
-        familiarity = outputs.familiarity if outputs.familiarity is not None else torch.ones(len(items))
+        # Where plain heads answer, the task is theirs too: the rows might contradict the class.
+        by_heads = sum_rows(outputs.heads, outputs.row_task, len(self.tasks))
+        log_task = by_heads if outputs.readout == "heads" else outputs.task_posterior
+        confidence, task = log_task.exp().max(1)
         result = []
         for i, item in enumerate(items):
             best = tuple(
@@ -224,7 +221,7 @@ class ContinualLearner:
                     probability=best[0][1],
                     task=self.tasks[int(task[i])].name,
                     task_confidence=float(confidence[i]),
-                    unknown=1.0 - float(familiarity[i]),
+                    unknown=1.0 - float(outputs.familiarity[i]),
                     top=best,
                 )
             )
@@ -234,7 +231,8 @@ class ContinualLearner:
         """Saves to a folder as one new generation; an interruption leaves the old one whole.
 
         Raises:
-            DualLoRAError: if another process is writing there, or the disk is full.
+            DualLoRAError: if another process is writing there, or has written since this learner was loaded,
+                or the disk is full.
         """
         with checkpoint.exclusive(Path(path)):
             self.commit(Path(path))
@@ -242,10 +240,11 @@ class ContinualLearner:
     def commit(self, folder: Path) -> None:
         """As :meth:`save`, for a caller that holds ``checkpoint.exclusive`` on the folder already."""
         self._check_usable()
-        file = self.backbone.info.file
+        self._check_origin(folder)
+        info = self.backbone.info
         manifest = {
             "package_version": version("duallora"),
-            "backbone": self.backbone.info.to_dict(),
+            "backbone": info.to_dict() | {"file": None},  # the copy in the folder is named by its hash
             "method": self.method_name,
             "config": asdict(self.config),
             "seed": self.seed,
@@ -253,8 +252,9 @@ class ContinualLearner:
             "classes": self.classes,
             "tasks": [task.to_dict() for task in self.tasks],
         }
-        extra = {} if file is None else {"backbone": Path(file)}
-        checkpoint.commit(folder, manifest, self.method.state(), extra_files=extra)
+        extra = {} if info.file is None else {"backbone": (Path(info.file), info.sha256)}
+        weights = checkpoint.commit(folder, manifest, self.method.state(), extra_files=extra)
+        self._origin = (folder.resolve(), weights)
 
     @classmethod
     def load(
@@ -278,6 +278,24 @@ class ContinualLearner:
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
+        try:
+            return cls._restore(folder, manifest, tensors, device, progress, backbone)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DualLoRAError(
+                f"{folder / 'model.json'} is damaged or from another version of duallora ({error}); "
+                "restore it from a copy, or use the version that wrote it."
+            ) from error
+
+    @classmethod
+    def _restore(
+        cls,
+        folder: Path,
+        manifest: dict[str, Any],
+        tensors: dict[str, Tensor],
+        device: str,
+        progress: Progress | None,
+        backbone: Backbone | None,
+    ) -> ContinualLearner:
         info = BackboneInfo.from_dict(manifest["backbone"])
         if backbone is None:
             copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
@@ -301,6 +319,7 @@ class ContinualLearner:
         learner.method.load_state(tensors)
         for record in manifest["tasks"]:
             learner._add(TaskRecord.from_dict(record))
+        learner._origin = (folder.resolve(), manifest["weights"])
         return learner
 
     def _add(self, record: TaskRecord) -> None:
@@ -311,6 +330,17 @@ class ContinualLearner:
         for start in range(0, len(items), EVALUATION_BATCH):
             yield torch.stack(
                 [self.preprocess(to_pil(item)) for item in items[start : start + EVALUATION_BATCH]]
+            )
+
+    def _check_origin(self, folder: Path) -> None:
+        """Refuses to replace a state that this learner has never seen, in the folder it came from."""
+        if self._origin is None or self._origin[0] != folder.resolve():
+            return
+        if not (folder / "model.json").exists():
+            return
+        if checkpoint.read_manifest(folder)["weights"] != self._origin[1]:
+            raise DualLoRAError(
+                f"the model in {folder} has changed since it was loaded; load it again and repeat the task."
             )
 
     def _check_usable(self) -> None:

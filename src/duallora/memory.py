@@ -93,10 +93,7 @@ class RowMemory:
     @property
     def kappa(self) -> float:
         """The temperature with the smallest loss summed over tasks; the largest among equals."""
-        if not self.losses:
-            return 1.0
-        total = torch.stack([self.losses[t] for t in sorted(self.losses)]).sum(0)
-        return float(KAPPAS[total <= total.min()].max())
+        return best_kappa(KAPPAS, self.losses)
 
     def replace(self, task: int, new: ClassMoments) -> None:
         """Adds the rows of ``task``; those of an earlier pass over the same task are replaced."""
@@ -218,6 +215,14 @@ class RowMemory:
         ).T
         self._nu, self._map = nu.float().to(self.device), inverse.float().to(self.device)
         self._centre, self._count = centre.float().to(self.device), m.count.float().to(self.device)
+
+
+def best_kappa(grid: Tensor, losses: dict[int, Tensor]) -> float:
+    """The temperature of ``grid`` with the smallest loss summed over tasks; the largest among equals."""
+    if not losses:
+        return float(grid.max())
+    total = torch.stack([losses[task] for task in sorted(losses)]).sum(0)
+    return float(grid[total <= total.min()].max())
 
 
 def sum_rows(log_rows: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -56,7 +56,7 @@ class Outputs:
     Attributes:
         heads: log-softmax over the concatenated heads (n, R).
         calibrated: calibrated log-probabilities of the rows (n, R), or None with ``calibration="none"``.
-        task_posterior: log p(t|f) (n, T), or None where a method has none.
+        task_posterior: log p(t|f) (n, T).
         familiarity: how well an image fits anything learned (n,), in [0, 1].
         gate: weights of the residual adapters (n, T), or None where a method has none.
         features: final features (n, d).
@@ -67,8 +67,8 @@ class Outputs:
 
     heads: Tensor
     calibrated: Tensor | None
-    task_posterior: Tensor | None
-    familiarity: Tensor | None
+    task_posterior: Tensor
+    familiarity: Tensor
     gate: Tensor | None
     features: Tensor
     row_task: Tensor
@@ -112,7 +112,7 @@ class Prediction:
         path: file of the image, or None if it did not come from a file.
         label: most probable class name.
         probability: its probability, summed over the tasks that taught it.
-        task: most probable task, arg-max of p(t|f).
+        task: most probable task: arg-max of p(t|f), or of the heads' sums where plain heads answer.
         task_confidence: its probability.
         unknown: 1 - familiarity: how little the image fits anything learned.
         top: class names and probabilities, best first.

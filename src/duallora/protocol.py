@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from duallora import metrics, report
+from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.progress import Progress
@@ -37,16 +38,19 @@ def run_stream(
     *,
     device: str = "auto",
     progress: Progress,
+    backbone: Backbone | None = None,
 ) -> dict[str, Any]:
     """Learns a stream and writes a run's folder; takes up an unfinished run of the same stream and settings.
 
     Args:
-        make_learner: Gives a learner that has learned nothing yet; not called when a run is resumed.
+        make_learner: Gives a learner that has learned nothing yet; not called when a run is resumed, and
+            else before the folder is made: what cannot be made leaves nothing behind.
         stream: The tasks, in order.
         out: The run's folder.
         config: What was asked for, ready for JSON; a run is resumed only under an equal one.
         device: Where a resumed learner computes, as in `ContinualLearner`.
         progress: Takes one line a task.
+        backbone: What a resumed learner stands on; where there is none, it is loaded as the model says.
 
     Returns:
         The contents of ``results.json``.
@@ -56,6 +60,8 @@ def run_stream(
     """
     identity = {"version": SCHEMA_VERSION, "stream": _describe(stream), "config": config}
     directory = RunDirectory(Path(out), identity)
+    directory.admit()
+    fresh = None if directory.has_model() else make_learner()
     with directory.opened():
         finished = directory.results()
         if finished is not None:  # interrupted between the results and the removal of the progress files
@@ -63,7 +69,7 @@ def run_stream(
             return finished
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        learner, rows = _start(make_learner, directory, stream, device, progress)
+        learner, rows = _start(fresh, backbone, directory, stream, device, progress)
         tests = _cached_tests(stream)
         _learn(learner, stream, tests, rows, directory, progress)
         final = _final_pass(learner, tests, directory, progress)
@@ -101,17 +107,20 @@ class CachedImages(Dataset[tuple[Any, int]]):
 
 
 def _start(
-    make_learner: Callable[[], ContinualLearner],
+    fresh: ContinualLearner | None,
+    backbone: Backbone | None,
     directory: RunDirectory,
     stream: Stream,
     device: str,
     progress: Progress,
 ) -> tuple[ContinualLearner, list[Row]]:
     """A new learner, or the one of the interrupted run with the evaluations it had."""
-    if not directory.has_model():
+    if fresh is not None and not directory.has_model():
         directory.log("start", stream=stream.name, tasks=len(stream))
-        return make_learner(), []
-    learner = ContinualLearner.load(directory.model, device=device, progress=progress)
+        return fresh, []
+    # Another process may have begun this run, and ended, since `fresh` took the backbone.
+    free = None if fresh is not None else backbone
+    learner = ContinualLearner.load(directory.model, device=device, progress=progress, backbone=free)
     learned, rows = len(learner.tasks), directory.rows()
     if learned > len(stream) or any(
         record.name != task.name or set(record.classes) != set(task.train.classes)

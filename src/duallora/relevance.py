@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.subspace import Subspace
-from duallora.memory import ClassMoments, Own, RowMemory
+from duallora.memory import ClassMoments, Own, RowMemory, best_kappa
 
 ENERGY_KAPPAS = torch.logspace(-0.3010299956639812, 1.6989700043360187, 20, dtype=torch.float64)  # .5 to 50
 
@@ -35,10 +35,7 @@ class EnergyMemory:
     @property
     def kappa(self) -> float:
         """Temperature of the posterior: smallest loss summed over tasks, the largest among equals."""
-        if not self.losses:
-            return float(ENERGY_KAPPAS[-1])
-        total = torch.stack([self.losses[t] for t in sorted(self.losses)]).sum(0)
-        return float(ENERGY_KAPPAS[total <= total.min()].max())
+        return best_kappa(ENERGY_KAPPAS, self.losses)
 
     def replace(self, task: int, block: Tensor, f0: Tensor) -> None:
         """Sets the basis of ``task`` (d x m) and its mean energy on the task's own features f0 (n, d)."""

@@ -9,7 +9,6 @@ is replaced whole, so that an interruption at any point leaves a folder that can
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from duallora.checkpoint import exclusive, remove_leftovers, write_atomic
+from duallora.documents import finite
 from duallora.errors import DualLoRAError
 from duallora.metrics import Hits
 from duallora.results import Row
@@ -53,17 +53,31 @@ class RunDirectory:
             DualLoRAError: The folder holds something else, another run or a finished run, or is in use.
                 Nothing in it has been touched then.
         """
-        self._admit()  # before the lock, which creates a file
+        self.admit()  # before the lock, which creates a file
         with exclusive(self.path):
-            self._admit()
+            self.admit()
             remove_leftovers(self.path)
             if not (self.path / _RUN).exists():
                 write_atomic(self.path / _RUN, _json(self._identity))
             yield
 
+    def admit(self) -> None:
+        """Refuses a folder that is not for this run, and touches nothing.
+
+        Raises:
+            DualLoRAError: The folder holds something else, another run or a finished run.
+        """
+        require_unfinished(self.path)
+        stored = _read(self.path / _RUN)
+        if stored is not None and stored != self._identity:
+            raise DualLoRAError(
+                f"{self.path} belongs to another run ({_difference(stored, self._identity)}); name another "
+                "folder, or repeat the first command to resume it."
+            )
+
     def results(self) -> dict[str, Any] | None:
         """What the finished run wrote, or None."""
-        return self._read(_RESULTS)
+        return _read(self.path / _RESULTS)
 
     def has_model(self) -> bool:
         """Whether a first task was learned and saved."""
@@ -71,7 +85,7 @@ class RunDirectory:
 
     def rows(self) -> list[Row]:
         """Evaluations of the tasks that are finished, as far as their features are there too."""
-        stored = self._read(_PROGRESS)
+        stored = _read(self.path / _PROGRESS)
         rows: list[Row] = []
         try:
             for row in [] if stored is None else stored["rows"]:
@@ -116,7 +130,7 @@ class RunDirectory:
         Returns:
             What was written: the results with null for numbers that are not finite.
         """
-        written: dict[str, Any] = _finite(results)
+        written: dict[str, Any] = finite(results)
         write_atomic(self.path / _RESULTS, _json(written))
         self.clean()
         return written
@@ -125,7 +139,7 @@ class RunDirectory:
         """Removes the progress files of a run whose results are written."""
         # The hits go first: without them the features mean nothing, and the results are written already.
         try:
-            for path in self._progress_files():
+            for path in _progress_files(self.path):
                 path.unlink(missing_ok=True)
         except OSError as error:
             problem = error.strerror or error
@@ -133,44 +147,42 @@ class RunDirectory:
                 f"{self.path} could not be tidied up: {problem}; the results are written, repeat the command."
             ) from error
 
-    def _admit(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise DualLoRAError(f"{self.path} is a file; name a folder for the run.")
-        stored = self._read(_RUN)
-        if stored is None:
-            # A hidden lock or temporary file may be all that an early interruption left.
-            if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
-                raise DualLoRAError(
-                    f"{self.path} holds files that are not from a run; name a new or an empty folder."
-                )
-            return
-        if stored != self._identity:
-            raise DualLoRAError(
-                f"{self.path} belongs to another run ({_difference(stored, self._identity)}); name another "
-                "folder, or repeat the first command to resume it."
-            )
-        if (self.path / _RESULTS).exists() and not self._progress_files():
-            raise DualLoRAError(f"{self.path} holds a finished run; name another folder to run again.")
-
     def _features(self, task: int) -> Path:
         return self.path / f"progress-{task}.safetensors"
 
-    def _progress_files(self) -> list[Path]:
-        return sorted([*self.path.glob(_PROGRESS), *self.path.glob("progress-*.safetensors")])
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise _damaged(path) from error
-        if not isinstance(content, dict):
-            raise _damaged(path)
-        return content
+def require_unfinished(path: Path) -> None:
+    """Refuses, whatever is asked, a folder that a run can neither begin in nor be resumed in.
+
+    Raises:
+        DualLoRAError: It is a file, or holds a finished run or something that is no run.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise DualLoRAError(f"{path} is a file; name a folder for the run.")
+    if not (path / _RUN).exists():
+        # A hidden lock or temporary file may be all that an early interruption left.
+        if any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise DualLoRAError(f"{path} holds files that are not from a run; name a new or an empty folder.")
+    elif (path / _RESULTS).exists() and not _progress_files(path):
+        raise DualLoRAError(f"{path} holds a finished run; name another folder to run again.")
+
+
+def _progress_files(path: Path) -> list[Path]:
+    return sorted([*path.glob(_PROGRESS), *path.glob("progress-*.safetensors")])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(path) from error
+    if not isinstance(content, dict):
+        raise _damaged(path)
+    return content
 
 
 def _damaged(path: Path) -> DualLoRAError:
@@ -179,15 +191,6 @@ def _damaged(path: Path) -> DualLoRAError:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have, as a diverged training leaves them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _difference(stored: Any, asked: Any, name: str = "") -> str:

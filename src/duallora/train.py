@@ -158,6 +158,7 @@ def _train(
     """Adam with one cosine to zero over all steps; returns the number of trained parameters."""
     config = method.config
     groups = method.parameter_groups()
+    trained = [p for group in groups for p in group["params"] if p.requires_grad]
     adam = torch.optim.Adam(groups)
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
@@ -173,7 +174,12 @@ def _train(
             optimizer.step()
             schedule.step()
             method.after_step()
-    return sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
+        if not all(bool(p.isfinite().all()) for p in trained):  # once an epoch: a GPU has to wait for it
+            raise DualLoRAError(
+                f"training of {task.name!r} diverged in epoch {epoch + 1}; lower the learning rates "
+                "(--method.learning_rate, --method.head_learning_rate)."
+            )
+    return sum(p.numel() for p in trained)
 
 
 def _augmented(augmentation: Augmentation, epoch: int, image: Any, index: int) -> Tensor:

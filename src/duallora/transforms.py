@@ -111,6 +111,11 @@ class _Evaluation:
             raise DualLoRAError(
                 f"unknown interpolation {info.interpolation!r} of the backbone: valid are {valid}"
             )
+        if info.crop_mode not in ("center", "squash"):
+            raise DualLoRAError(
+                f"unknown crop mode {info.crop_mode!r} of the backbone: valid are center, squash"
+            )
+        self.squash = info.crop_mode == "squash"
         self.resampling = _RESAMPLING[info.interpolation]
         self.height, self.width = info.input_size[1:]
         self.scaled_height = max(self.height, math.floor(self.height / info.crop_pct))
@@ -121,9 +126,11 @@ class _Evaluation:
         self.shift = (-np.asarray(info.mean) / deviation).astype(np.float32).reshape(3, 1, 1)
 
     def __call__(self, image: ImageLike) -> torch.Tensor:
-        picture = _without_long_ends(to_pil(image))
+        picture = to_pil(image) if self.squash else _without_long_ends(to_pil(image))
         width, height = picture.size
-        if width * self.scaled_height >= height * self.scaled_width:
+        if self.squash:
+            size = (self.scaled_width, self.scaled_height)
+        elif width * self.scaled_height >= height * self.scaled_width:
             size = (int(self.scaled_height * width / height), self.scaled_height)
         else:
             size = (self.scaled_width, int(self.scaled_width * height / width))

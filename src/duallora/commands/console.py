@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from duallora.documents import finite
+
+if TYPE_CHECKING:
+    from duallora.backbones import Backbone
 
 _PIPE_WIDTH = 200  # tables in files and pipes are not cut to the width of a terminal that is not there
 
@@ -48,21 +52,17 @@ def rows(columns: list[str], cells: list[list[str]]) -> None:
 
 def document(content: Any) -> None:
     """Prints one JSON document on stdout; numbers that are not finite become null, as JSON has none."""
-    sys.stdout.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def final_feature(backbone: Backbone) -> None:
+    """Says what the final feature is, where it is not the class token."""
+    if not backbone.has_class_token:
+        line(f"final feature: {backbone.pooling}")
 
 
 def _is_number(cell: str) -> bool:
     return cell in ("", "-") or cell.replace(",", "").replace(".", "", 1).isdecimal()
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
 
 
 def _console(stderr: bool) -> Console:

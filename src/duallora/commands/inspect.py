@@ -21,20 +21,24 @@ def inspect(model: Path, *, json: bool = False) -> None:
         json: print one JSON document
     """
     from duallora import checkpoint
+    from duallora.commands.manifest import intact
 
     manifest, tensors = checkpoint.read(model)
-    shown = ("name", "classes", "learned_at", "train_images")
-    tasks = [{key: task[key] for key in shown} for task in manifest["tasks"]]
-    layers, sizes = layers_of(tensors), bytes_of(tensors)
-    if json:
+    with intact(model):
+        shown = ("name", "classes", "learned_at", "train_images")
+        tasks = [{key: task[key] for key in shown} for task in manifest["tasks"]]
         about = {key: manifest[key] for key in ("method", "config", "seed", "augment", "backbone")}
+        heading = f"method {about['method']}, backbone {about['backbone']['name']}"
+        cells = [
+            [str(t["name"]), str(t["learned_at"]), str(t["train_images"]), ", ".join(t["classes"])]
+            for t in tasks
+        ]
+        layers, sizes = layers_of(tensors), bytes_of(tensors)
+    if json:
         console.document({"tasks": tasks, "layers": layers, "bytes": sizes, **about})
         return
-    console.line(f"method {manifest['method']}, backbone {manifest['backbone']['name']}")
-    console.rows(
-        ["task", "learned at", "images", "classes"],
-        [[t["name"], t["learned_at"], str(t["train_images"]), ", ".join(t["classes"])] for t in tasks],
-    )
+    console.line(heading)
+    console.rows(["task", "learned at", "images", "classes"], cells)
     if layers:
         console.rows(
             ["layer", "projections", "rank", "residual ranks", "bases", "free directions"],

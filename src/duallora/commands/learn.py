@@ -15,6 +15,7 @@ from duallora.errors import DualLoRAError
 if TYPE_CHECKING:
     from duallora.commands.lesson import Lesson
     from duallora.learner import ContinualLearner
+    from duallora.streams import FolderDataset
 
 STRONGER = (
     "The embedded backbone is small (64x64 images); take a stronger one for a new model with "
@@ -67,43 +68,50 @@ def learn(
 
     from duallora import checkpoint
     from duallora.commands.lesson import Lesson, labelled
-    from duallora.commands.outcome import Comparison, Outcome
+    from duallora.commands.outcome import Comparison, Measured, Outcome
     from duallora.commands.wishes import Wishes
     from duallora.progress import Progress
 
     progress = Progress()
     wishes = Wishes(method or UNSAID, backbone, backbone_file, seed, augment, device)
     _check_names(wishes.stored(model), model, name, check)
-    lesson = Lesson.read(folder, progress, skip_bad_images=skip_bad_images or dry_run)
-    check_data = None if check is None else labelled(check, progress)
+    skip = skip_bad_images or dry_run  # which lists them
+    lesson = Lesson.read(folder, progress, skip_bad_images=skip)
+    check_data = None if check is None else labelled(check, progress, skip_bad_images=skip)
+    bad_images = [*lesson.bad_images, *([] if check_data is None else check_data.bad_images)]
     if dry_run:
         learner = wishes.open(model, progress)
+        _check_classes(lesson, check_data, learner)
         with wishes.granted(learner):
-            _tell_plan(lesson, learner, name or _task_name(folder, learner), skip_bad_images)
+            _tell_plan(lesson, learner, name or _task_name(folder, learner))
+        _tell_bad_images(bad_images, skip_bad_images)
+        console.line("nothing was written")
         return
     with checkpoint.exclusive(model):
         # Asked again under the lock: another process may have written since.
         _check_names(wishes.stored(model), model, name, check)
         learner = wishes.open(model, progress)
-        _check_classes(lesson, learner)
+        _check_classes(lesson, check_data, learner)
         known, comparison = list(learner.classes), None
-        before = None if check_data is None else learner.evaluate(check_data).accuracy
+        before = Measured.on(learner, check_data)
         with wishes.granted(learner):
             record = learner.learn(lesson.train, name or _task_name(folder, learner))
-        if check_data is not None and before is not None:
-            comparison = Comparison(before, learner.evaluate(check_data).accuracy)
+        after = Measured.on(learner, check_data)
+        if before is not None and after is not None:
+            comparison = Comparison(before.accuracy, after.accuracy)
             comparison.require(max_drop)
-        outcome = Outcome.measure(learner, record, known, lesson.held_back, check_data)
+        outcome = Outcome.of(record, known, Measured.on(learner, lesson.held_back), after)
         learner.commit(model)
     # Printed when all is saved: a reader of this output that goes away must not cost the model.
-    if lesson.bad_images:
-        console.line(f"bad images left out: {len(lesson.bad_images)}")
+    if bad_images:
+        console.line(f"bad images left out: {len(bad_images)}")
     console.line(
         f"{model} has learned {record.name}: {len(record.classes)} classes, {record.train_images} images"
     )
     if comparison is not None:
         comparison.tell()
     outcome.tell()
+    console.final_feature(learner.backbone)
     if learner.backbone.info.name == "embedded":
         console.line(STRONGER)
 
@@ -117,7 +125,13 @@ def _check_names(stored: dict[str, Any] | None, model: Path, name: str | None, c
         raise DualLoRAError(f"{model} has learned a task named {name} already; give another --name.")
 
 
-def _check_classes(lesson: Lesson, learner: ContinualLearner) -> None:
+def _check_classes(lesson: Lesson, check: FolderDataset | None, learner: ContinualLearner) -> None:
+    unknown = [] if check is None else [name for name in check.classes if name not in learner.classes]
+    if unknown:
+        raise DualLoRAError(
+            f"the --check images have a class {unknown[0]} that the model has not learned; give images of "
+            "classes that it knows."
+        )
     known = {*lesson.train.classes, *learner.classes}
     held_back = [] if lesson.held_back is None else lesson.held_back.classes
     unknown = [name for name in held_back if name not in known]
@@ -133,7 +147,7 @@ def _task_name(folder: Path, learner: ContinualLearner) -> str:
     return next(name for name in candidates if name not in taken)
 
 
-def _tell_plan(lesson: Lesson, learner: ContinualLearner, name: str, skip_bad_images: bool) -> None:
+def _tell_plan(lesson: Lesson, learner: ContinualLearner, name: str) -> None:
     """What learning these images would mean."""
     classes, held_back = lesson.train.classes, lesson.held_back
     trained = Counter(classes[target] for target in lesson.train.targets)
@@ -145,14 +159,16 @@ def _tell_plan(lesson: Lesson, learner: ContinualLearner, name: str, skip_bad_im
         ["class", "images", "held back", "known"],
         [[each, str(trained[each]), str(tested[each]), known[each]] for each in classes],
     )
-    refused = bool(lesson.bad_images) and not skip_bad_images
-    remedy = "; remove them, or leave them out with --skip-bad-images" if refused else ""
-    console.line(f"bad images: {len(lesson.bad_images)}{remedy}")
-    for path in lesson.bad_images:
-        console.line(f"  {path}")
     minutes = max(0.1, _expected_minutes(lesson, learner))
     console.line(f"expected time: {minutes:.1f} minutes on {learner.device.type}")
-    console.line("nothing was written")
+
+
+def _tell_bad_images(paths: list[Path], skip_bad_images: bool) -> None:
+    refused = bool(paths) and not skip_bad_images
+    remedy = "; remove them, or leave them out with --skip-bad-images" if refused else ""
+    console.line(f"bad images: {len(paths)}{remedy}")
+    for path in paths:
+        console.line(f"  {path}")
 
 
 def _expected_minutes(lesson: Lesson, learner: ContinualLearner) -> float:

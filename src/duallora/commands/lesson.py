@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duallora.streams import FolderDataset, TaskDataset, evaluation_folder, hold_back, train_and_val
+from duallora.streams import (
+    BadImagesError,
+    FolderDataset,
+    TaskDataset,
+    evaluation_folder,
+    hold_back,
+    train_and_val,
+)
 from duallora.streams.task import as_task_dataset
 
 if TYPE_CHECKING:
@@ -21,14 +30,12 @@ class Lesson:
     Attributes:
         train: images to learn from.
         held_back: images to measure on, of the classes that have some; None where nothing is held back.
-        has_val: whether these come from a folder of their own.
         bad_images: files left out because they are no readable images.
         seconds: how long it took to read all images once.
     """
 
     train: TaskDataset
     held_back: TaskDataset | None
-    has_val: bool
     bad_images: tuple[Path, ...]
     seconds: float
 
@@ -45,28 +52,44 @@ class Lesson:
             DualLoRAError: the folder cannot be used; a bad image is named.
         """
         train_folder, val_folder = train_and_val(folder)
-        train = FolderDataset(train_folder, skip_bad_images=skip_bad_images)
-        val = None if val_folder is None else FolderDataset(val_folder, skip_bad_images=skip_bad_images)
-        start = time.perf_counter()
-        _check(train, progress)
-        seconds = time.perf_counter() - start
-        if val is None:
-            kept, held = hold_back(train)
-            return cls(kept, held and _present(held), False, tuple(train.bad_images), seconds)
-        _check(val, progress)
+        with _remedy():
+            train = FolderDataset(train_folder, skip_bad_images=skip_bad_images)
+            val = None if val_folder is None else FolderDataset(val_folder, skip_bad_images=skip_bad_images)
+            start = time.perf_counter()
+            _check(train, progress)
+            seconds = time.perf_counter() - start
+            if val is None:
+                kept, held = hold_back(train)
+                return cls(kept, held and _present(held), tuple(train.bad_images), seconds)
+            _check(val, progress)
         bad = (*train.bad_images, *val.bad_images)
-        return cls(as_task_dataset(train), as_task_dataset(val), True, bad, seconds)
+        return cls(as_task_dataset(train), as_task_dataset(val), bad, seconds)
 
 
-def labelled(folder: Path, progress: Progress) -> FolderDataset:
+def labelled(folder: Path, progress: Progress, *, skip_bad_images: bool) -> FolderDataset:
     """Labelled images to measure on, all decoded once, from ``val/`` or ``test/`` where there is one.
+
+    Args:
+        folder: class folders, or ``val/`` or ``test/`` that hold them.
+        progress: where to report.
+        skip_bad_images: leave bad ones out instead of refusing the folder.
 
     Raises:
         DualLoRAError: the folder cannot be used; a bad image is named.
     """
-    dataset = FolderDataset(evaluation_folder(folder))
-    _check(dataset, progress)
+    with _remedy():
+        dataset = FolderDataset(evaluation_folder(folder), skip_bad_images=skip_bad_images)
+        _check(dataset, progress)
     return dataset
+
+
+@contextmanager
+def _remedy() -> Iterator[None]:
+    """Adds to the refusal of a bad image what this command can do about it."""
+    try:
+        yield
+    except BadImagesError as error:
+        raise BadImagesError(f"{error}; --skip-bad-images leaves such files out") from error
 
 
 def _check(dataset: FolderDataset, progress: Progress) -> None:

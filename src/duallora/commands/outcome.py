@@ -6,6 +6,8 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import torch
+
 from duallora import metrics
 from duallora.commands import console
 from duallora.errors import CheckFailed
@@ -13,7 +15,7 @@ from duallora.report import percent
 
 if TYPE_CHECKING:
     from duallora.learner import ContinualLearner
-    from duallora.outputs import Evaluation, TaskRecord
+    from duallora.outputs import TaskRecord
     from duallora.streams import FolderDataset, TaskDataset
 
 _SHOWN = 3
@@ -46,47 +48,66 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a learner says of labelled images, in one pass over them.
+
+    Attributes:
+        accuracy: share of images whose class is right.
+        calibration_error: expected calibration error; None where it is undefined.
+        answers: true and predicted class name of every image.
+    """
+
+    accuracy: float
+    calibration_error: float | None
+    answers: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def on(cls, learner: ContinualLearner, data: TaskDataset | FolderDataset | None) -> Measured | None:
+        """Measures a learner on images of classes that it knows; None for no images."""
+        if data is None:
+            return None
+        outputs = learner.outputs(data)
+        confidence, found = metrics.class_probabilities(outputs, outputs.readout).max(dim=1)
+        names = [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, found, strict=True)]
+        right = torch.tensor([true == answer for true, answer in names])
+        error = metrics.calibration_error(confidence, right)
+        return cls(int(right.sum()) / len(right), error, tuple(names))
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a task has led to.
 
     Attributes:
-        record: the task.
-        held_back: evaluation on the held-back images; None where nothing was held back.
+        held_back: on the held-back images; None where nothing was held back.
         confused: per old class, how many images were mistaken between it and new classes; None where there
             are no old or no new classes.
     """
 
-    record: TaskRecord
-    held_back: Evaluation | None
+    held_back: Measured | None
     confused: Counter[str] | None
 
     @classmethod
-    def measure(
-        cls,
-        learner: ContinualLearner,
-        record: TaskRecord,
-        known: list[str],
-        held_back: TaskDataset | None,
-        check: FolderDataset | None,
+    def of(
+        cls, record: TaskRecord, known: list[str], held_back: Measured | None, check: Measured | None
     ) -> Outcome:
-        """Evaluates a learner that has just learned a task.
+        """Compares what was measured after a task with what was known before.
 
         Args:
-            learner: after the task.
             record: the task.
-            known: the classes that it knew before.
-            held_back: images of the task, which it has not seen.
-            check: images of classes that it knew before.
+            known: the classes that the learner knew before.
+            held_back: on images of the task, which it has not seen.
+            check: on images of classes that it knew before.
         """
         new = set(record.classes).difference(known)
-        confused: Counter[str] | None = None
-        if known and new and not (held_back is None and check is None):
-            confused = Counter()
-            for data in (held_back, check):
-                for true, found in [] if data is None else _answers(learner, data):
-                    if (true in new) != (found in new):
-                        confused[found if true in new else true] += 1
-        return cls(record, None if held_back is None else learner.evaluate(held_back), confused)
+        measured = [each for each in (held_back, check) if each is not None]
+        if not (known and new and measured):
+            return cls(held_back, None)
+        confused: Counter[str] = Counter()
+        for true, found in (names for each in measured for names in each.answers):
+            if (true in new) != (found in new):
+                confused[found if true in new else true] += 1
+        return cls(held_back, confused)
 
     def tell(self) -> None:
         """Prints the figures."""
@@ -94,15 +115,8 @@ class Outcome:
             console.line("held-back accuracy: not measured, no class has ten images; give some in val/")
         else:
             share, error = percent(self.held_back.accuracy), self.held_back.calibration_error
-            console.line(f"held-back accuracy: {share} % on {self.held_back.images} images")
+            console.line(f"held-back accuracy: {share} % on {len(self.held_back.answers)} images")
             console.line(f"calibration error: {'-' if error is None else f'{error:.3f}'}")
         if self.confused is not None:
             worst = ", ".join(f"{name} ({count})" for name, count in self.confused.most_common(_SHOWN))
             console.line(f"old classes most often confused with the new ones: {worst or 'none'}")
-
-
-def _answers(learner: ContinualLearner, data: TaskDataset | FolderDataset) -> list[tuple[str, str]]:
-    """True and predicted class name of every image."""
-    outputs = learner.outputs(data)
-    best = metrics.class_probabilities(outputs, outputs.readout).argmax(dim=1).tolist()
-    return [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, best, strict=True)]

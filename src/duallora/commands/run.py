@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
-from duallora.commands.choice import UNSAID, MethodChoice
+from duallora.commands.choice import DEFAULT_METHOD, UNSAID, MethodChoice
 from duallora.commands.ranges import LARGEST_SEED, require_range
 
 if TYPE_CHECKING:
+    from duallora.backbones import Backbone
     from duallora.progress import Progress
     from duallora.streams import Stream
 
@@ -56,11 +57,17 @@ def run(
     require_range("--seed", seed, 0, LARGEST_SEED)
     config = method.config()
 
+    from duallora.run_directory import require_unfinished
+
+    require_unfinished(out)
+
     from duallora import streams
+    from duallora.backbones import load_backbone
     from duallora.learner import ContinualLearner
     from duallora.progress import Progress
     from duallora.protocol import run_stream
     from duallora.report import accuracy_table
+    from duallora.train import make_fabric
 
     progress = Progress()
     shown = tuple(name.strip() for name in domains.split(",")) if domains is not None else ()
@@ -74,22 +81,32 @@ def run(
     }
     loaded = streams.load(stream, **options)
     policy = augment or loaded.augmentation
-    # Made before the folder is touched, so that an unknown backbone or device leaves nothing behind.
-    learner = ContinualLearner(
-        backbone, config, seed, backbone_file=backbone_file, device=device, augment=policy, progress=progress
-    )
-    if stream != "digits":
-        _check_images(loaded, shown, progress)
+    make_fabric(device)  # a device that is not there is refused before large weights are read
+    weights = load_backbone(backbone, backbone_file)
     asked = {
-        "method": {"name": learner.method_name, **dataclasses.asdict(config)},
-        "backbone": backbone,
+        "method": {"name": method.name or DEFAULT_METHOD, **dataclasses.asdict(config)},
+        **_asked_backbone(backbone, backbone_file, weights),
         "augment": policy,
         "seed": seed,
         **options,
     }
-    results = run_stream(lambda: learner, loaded, out, asked, device=device, progress=progress)
+
+    def learner() -> ContinualLearner:
+        made = ContinualLearner(weights, config, seed, device=device, augment=policy, progress=progress)
+        if stream != "digits":
+            _check_images(loaded, shown, progress)
+        return made
+
+    results = run_stream(learner, loaded, out, asked, device=device, progress=progress, backbone=weights)
     console.table(accuracy_table(results))
+    console.final_feature(weights)
     console.line(f"report: {out / 'report.md'}")
+
+
+def _asked_backbone(name: str, file: Path | None, weights: Backbone) -> dict[str, Any]:
+    """What tells one backbone from another: other weights under the same name are another run."""
+    file_name = None if file is None else file.name
+    return {"backbone": name, "backbone_file": file_name, "backbone_sha256": weights.info.sha256}
 
 
 def _check_images(stream: Stream, domains: tuple[str, ...], progress: Progress) -> None:

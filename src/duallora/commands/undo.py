@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from duallora.commands import console
 
@@ -14,6 +15,13 @@ def undo(model: Path) -> None:
         model: folder of the saved model
     """
     from duallora import checkpoint
+    from duallora.commands.manifest import intact
 
-    names = [task["name"] for task in checkpoint.undo(model)["tasks"]]
-    console.line(f"{model} is back at its state after {names[-1]} (tasks: {', '.join(names)})")
+    with intact(model):  # before anything is changed
+        _names(checkpoint.read_manifest(model)["previous"])
+    names = _names(checkpoint.undo(model))
+    console.line(f"{model} is back at its state after {names[-1:] and names[-1]} (tasks: {', '.join(names)})")
+
+
+def _names(manifest: dict[str, Any] | None) -> list[str]:
+    return [str(task["name"]) for task in ({"tasks": []} if manifest is None else manifest)["tasks"]]

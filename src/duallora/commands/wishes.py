@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from duallora import checkpoint
 from duallora.atomic import sha256_of
 from duallora.commands.choice import MethodChoice
+from duallora.commands.manifest import intact
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.methods import MethodConfig
 
 if TYPE_CHECKING:
     from duallora.progress import Progress
-
-_LEFT_BY_KILL = re.compile(r"(model|backbone)-[0-9a-f]{12}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +35,18 @@ class Wishes:
         """What the saved model says of itself; None where there is none yet.
 
         Raises:
-            DualLoRAError: It was made with another method or backbone, or the folder is no place for one.
+            DualLoRAError: It was made with another method or backbone, lacks what a model says of itself, or
+                the folder is no place for one.
         """
         if not (model / "model.json").exists():
             _refuse_foreign(model)
             self.method.config()
             return None
         manifest = checkpoint.read_manifest(model)
-        self.method.check_against(manifest["method"], manifest["config"])
-        self._check_backbone(manifest["backbone"])
+        with intact(model):
+            _ = [task["name"] for task in manifest["tasks"]]
+            self.method.check_against(manifest["method"], manifest["config"])
+            self._check_backbone(manifest["backbone"])
         return manifest
 
     def open(self, model: Path, progress: Progress) -> ContinualLearner:
@@ -109,7 +110,7 @@ def _refuse_foreign(model: Path) -> None:
     if not model.is_dir():
         raise DualLoRAError(f"{model} is a file; name a folder for the model.")
     names = sorted(entry.name for entry in model.iterdir() if not entry.name.startswith("."))
-    others = [name for name in names if not _LEFT_BY_KILL.fullmatch(name)]
+    others = [name for name in names if not checkpoint._OWN_FILE.fullmatch(name)]  # left by a kill
     if others:
         raise DualLoRAError(
             f"{model} is no saved model and holds other files ({others[0]}); name a new folder for the model."

@@ -11,6 +11,7 @@ Order of the calls for one task::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -81,20 +82,7 @@ class MethodConfig:
         """
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise DualLoRAError(
-                    f"{field.name} must be one of {', '.join(get_args(hint))}, not {value!r}."
-                )
-            positive = field.name in _POSITIVE
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and (value < 0 or (positive and value == 0))
-            ):
-                raise DualLoRAError(
-                    f"{field.name} must be {'above' if positive else 'at least'} 0, not {value}."
-                )
+            _check_field(field.name, getattr(self, field.name), hints[field.name])
 
 
 _POSITIVE = {
@@ -106,6 +94,27 @@ _POSITIVE = {
     "top_tasks",
     "ridge",
 }
+
+
+def _check_field(name: str, value: Any, hint: Any) -> None:
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise DualLoRAError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
+        return
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise DualLoRAError(f"{name} must be true or false, not {value!r}.")
+        return
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise DualLoRAError(f"{name} must be a {'whole' if kind is int else 'finite'} number, not {value!r}.")
+    positive = name in _POSITIVE
+    if value < 0 or (positive and value == 0):
+        raise DualLoRAError(f"{name} must be {'above' if positive else 'at least'} 0, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,6 @@ class Method:
     Attributes:
         readout: which readout is the method's own answer.
         autocast: precision of the backbone in passes and training; everything else runs in fp32.
-        predict_autocast: precision of the backbone in :meth:`logits`.
         forward_passes: backbone passes per image at inference.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without.
@@ -151,6 +159,11 @@ class Method:
     forward_passes: ClassVar[int] = 1
 
     def __init__(self, backbone: Backbone, config: MethodConfig, seed: int) -> None:
+        if backbone.taken:
+            raise DualLoRAError(
+                "this backbone belongs to another learner; load it again with load_backbone()."
+            )
+        backbone.taken = True
         self.backbone, self.config, self.seed = backbone, config, seed
         self.device = next(backbone.parameters()).device
         self.heads = Heads(backbone.feature_dim, self.device)
@@ -161,7 +174,6 @@ class Method:
                 backbone.feature_dim, config.random_features, config.ridge, seed, self.device
             )
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.predict_autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -199,9 +211,7 @@ class Method:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Readout:
         """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
-        with self.predict_autocast():
-            features = self.backbone(images)
-        features, config = features.float(), self.config
+        features, config = self.backbone(images).float(), self.config  # fp32: bf16 would round by batch size
         logits = self.heads(features)
         log_q = self.rows.log_q(features) if self.random is None else self.random.log_q(features)
         log_task = self.task_posterior(log_q)

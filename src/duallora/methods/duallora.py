@@ -113,6 +113,7 @@ class DualLoRA(Method):
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
         self._start: Tensor | None = None  # final features before the task, only with drift
+        self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
 
     # -- before the task -------------------------------------------------------------------------------------
 
@@ -124,8 +125,9 @@ class DualLoRA(Method):
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
-        for place, subspace in self.subspaces.items():
-            self._open(task, place, subspace, seen.moments[place].value)
+        if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
+            for place, subspace in self.subspaces.items():
+                self._open(task, place, subspace, seen.moments[place].value)
 
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
@@ -146,9 +148,11 @@ class DualLoRA(Method):
             "none": lambda: free[:, :0],
         }
         psi = candidates[config.residual]()[:, : config.residual_rank]
+        projected = config.orthogonal_update == "projected"
+        if projected:
+            self._taken[place] = subspace.joined(psi).float().to(self.device)
         a, psi = (basis.float().to(self.device) for basis in (a * DESIGNED_SCALE, psi))
-        train_a = config.orthogonal_update == "projected"
-        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, train_a)
+        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, train_a=projected)
 
     # -- during the task -------------------------------------------------------------------------------------
 
@@ -167,12 +171,10 @@ class DualLoRA(Method):
         """Projected update: takes the parameter A_t off ``[Phi, Psi_t]``, which Adam's step leaves."""
         if self.config.orthogonal_update == "designed":
             return
-        for (layer, group), subspace in self.subspaces.items():
-            adapter = self.adapted[layer].groups[group]
-            if adapter.a is not None:
-                psi = subspace.phi[:, :0] if adapter.psi is None else adapter.psi.cpu().double()
-                taken = subspace.joined(psi).float().to(self.device)
-                adapter.a.sub_(taken @ (taken.T @ adapter.a))
+        for (layer, group), taken in self._taken.items():
+            a = self.adapted[layer].groups[group].a
+            if a is not None:
+                a.sub_(taken @ (taken.T @ a))
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class DualLoRA(Method):
         self._update_gate(task, seen, blocks)
         if seen.features is not None:
             self.remember(task, seen.features, seen.labels)
-        self._start = None
+        self._start, self._taken = None, {}
         self.memory.release()
 
     def _follow_drift(self, task: TaskInfo, loader: Loader) -> None:

@@ -69,9 +69,9 @@ class LoRA(Method):
         frozen = [m.frozen_weight(self.config.projections).norm() for m in self.adapted.values()]
         moved = [
             float((now - was).norm() / w)
-            for now, was, w in zip(self._updates(), self._start, frozen, strict=True)
+            for now, was, w in zip(self._updates(), self._start, frozen, strict=False)  # none at rank 0
         ]
-        self.orthogonal_norm = sum(moved) / len(moved)
+        self.orthogonal_norm = sum(moved) / len(frozen)
 
     def state(self) -> dict[str, Tensor]:
         """A and B of every layer beside heads and rows."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from duallora.streams.digits import DigitsDataset, digits
 from duallora.streams.domains import DOMAINS, with_domains
-from duallora.streams.folder import FolderDataset, evaluation_folder, train_and_val
+from duallora.streams.folder import BadImagesError, FolderDataset, evaluation_folder, train_and_val
 from duallora.streams.load import load
 from duallora.streams.split import split
 from duallora.streams.task import Stream, Task, TaskDataset, as_task_dataset, check_class_names, hold_back
 
 __all__ = [
     "DOMAINS",
+    "BadImagesError",
     "DigitsDataset",
     "FolderDataset",
     "Stream",

@@ -19,6 +19,10 @@ Track = Callable[[list[Path]], Iterable[Path]]
 """Goes through the paths, for instance with a progress bar."""
 
 
+class BadImagesError(DualLoRAError):
+    """A folder holds files that are no readable images."""
+
+
 class FolderDataset(Dataset[tuple[Image.Image, int]]):
     """The images of ``FOLDER/<class>/``, also in folders below it; decoded when asked for, never before.
 
@@ -58,7 +62,7 @@ class FolderDataset(Dataset[tuple[Image.Image, int]]):
             self.bad_images += [path for path in files if not is_image_name(path)]
         if self.bad_images and not skip_bad_images:
             sentence = f"{self.bad_images[0]} is not an image: remove it"
-            raise DualLoRAError(self._refusal(sentence, len(self.bad_images)))
+            raise self._refusal(sentence, len(self.bad_images))
         self._refuse_empty_classes()
 
     def __len__(self) -> int:
@@ -103,16 +107,17 @@ class FolderDataset(Dataset[tuple[Image.Image, int]]):
         if not bad:
             return
         if not self.skip_bad_images:
-            raise DualLoRAError(self._refusal(next(iter(bad.values())), len(bad)))
+            raise self._refusal(next(iter(bad.values())), len(bad))
         kept = [(p, t) for p, t in zip(self.paths, self.targets, strict=True) if p not in bad]
         self.paths = [path for path, _ in kept]
         self.targets = [target for _, target in kept]
         self.bad_images += bad
         self._refuse_empty_classes()
 
-    def _refusal(self, sentence: str, count: int) -> str:
-        total = f"{count} bad {'file' if count == 1 else 'files'} in {self.folder}"
-        return f"{sentence} ({total}; learn --skip-bad-images leaves such files out)"
+    def _refusal(self, sentence: str, count: int) -> BadImagesError:
+        return BadImagesError(
+            f"{sentence} ({count} bad {'file' if count == 1 else 'files'} in {self.folder})"
+        )
 
     def _refuse_empty_classes(self) -> None:
         filled = set(self.targets)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-from torch.utils.data import Dataset
+from typing import Literal
 
 from duallora.errors import DualLoRAError
-from duallora.streams.digits import DIGITS, DIGITS_AUGMENTATION, DIGITS_TASKS, DigitsDataset
+from duallora.streams.digits import DIGITS, DIGITS_TASKS, digits
 from duallora.streams.domains import with_domains
 from duallora.streams.folder import FolderDataset, train_and_val
 from duallora.streams.split import split
@@ -49,19 +46,23 @@ def load(
         raise DualLoRAError(
             f"{len(domains)} domains make {len(domains)} tasks: leave the number of tasks out"
         )
-    train, test, usual_tasks = _data(stream, read_test=not holdout)
-    made = split(
-        train,
-        1 if domains else usual_tasks if tasks is None else tasks,
-        test=test,
-        order_seed=order_seed,
-        classes=classes,
-        train_per_class=train_per_class,
-        holdout=holdout,
-        name=stream if stream == DIGITS else Path(stream).resolve().name,
-    )
-    if stream == DIGITS:
-        made = replace(made, augmentation=DIGITS_AUGMENTATION)
+    folder = None if stream == DIGITS else _existing(stream)
+    usual_tasks = DIGITS_TASKS if folder is None else _FOLDER_TASKS
+    number = 1 if domains else usual_tasks if tasks is None else tasks
+    if folder is None:
+        made = digits(number, order_seed, classes=classes, train_per_class=train_per_class, holdout=holdout)
+    else:
+        train, val = train_and_val(folder)
+        made = split(
+            FolderDataset(train),
+            number,
+            test=None if val is None or holdout else FolderDataset(val),
+            order_seed=order_seed,
+            classes=classes,
+            train_per_class=train_per_class,
+            holdout=holdout,
+            name=folder.resolve().name,
+        )
     return with_domains(made, domains) if domains else made
 
 
@@ -74,12 +75,7 @@ def _order_seed(order: str | int) -> int | Literal["alphabetical"]:
         raise DualLoRAError(f'unknown order {order!r}: it must be a number or "alphabetical"') from error
 
 
-def _data(stream: str, *, read_test: bool) -> tuple[Dataset[Any], Dataset[Any] | None, int]:
-    """Training set, test set if there is one, and the usual number of tasks."""
-    if stream == DIGITS:
-        return DigitsDataset(), None, DIGITS_TASKS
+def _existing(stream: str) -> Path:
     if not Path(stream).is_dir():
         raise DualLoRAError(f"unknown stream {stream!r}: it is neither {DIGITS!r} nor an existing folder")
-    train, val = train_and_val(stream)
-    test = FolderDataset(val) if val is not None and read_test else None
-    return FolderDataset(train), test, _FOLDER_TASKS
+    return Path(stream)
