@@ -38,7 +38,8 @@ def caller(capsys: pytest.CaptureFixture[str]) -> Call:
 
 def use_tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a tiny random ViT stand for every backbone: commands then take a fraction of a second."""
-    monkeypatch.setattr("duallora.learner.load_backbone", lambda *_: tiny_backbone())
+    for module in ("learner", "backbones"):
+        monkeypatch.setattr(f"duallora.{module}.load_backbone", lambda *_: tiny_backbone())
 
 
 def images(folder: Path, classes: Sequence[str], count: int = 4, seed: int = 0) -> Path:

@@ -99,6 +99,7 @@ def test_a_class_in_val_alone(call: Call, tmp_path: Path, refused: Refused) -> N
     images(tmp_path / "birds" / "train", ["emu", "owl"])
     images(tmp_path / "birds" / "val", ["emu", "tit"])
     refused("learn new birds", "tit")
+    refused("learn new birds --dry-run", "tit")
 
 
 def test_a_check_of_classes_that_the_model_does_not_know(
@@ -106,6 +107,7 @@ def test_a_check_of_classes_that_the_model_does_not_know(
 ) -> None:
     images(tmp_path / "birds", ["emu", "owl"])
     refused("learn model birds --check birds", "emu")
+    refused("learn model birds --check birds --dry-run", "emu")
     refused("learn new birds --check birds", "no model in new")
     refused("evaluate model birds", "emu")
 
@@ -172,6 +174,28 @@ def test_a_bad_image_is_named_or_skipped(
     assert skipped.code == 0
     assert "bad images left out: 1" in skipped.out
     refused("evaluate model birds", f"birds/emu/{name}")
+
+
+def test_bad_images_among_those_to_check(call: Call, model: Path, tmp_path: Path, refused: Refused) -> None:
+    images(tmp_path / "birds", ["emu", "owl"])
+    for name in ("text.jpg", "page.html"):
+        (tmp_path / "pets" / "cat" / name).write_text("no image")
+    refused("learn model birds --check pets", "pets/cat/page.html", "--skip-bad-images")
+    planned = call("learn", "model", "birds", "--check", "pets", "--dry-run").out
+    assert "bad images: 2; " in planned and "pets/cat/page.html" in planned
+    words = ["--check", "pets", "--max-drop", 1, "--skip-bad-images", "--epochs", 1]
+    learned = call("learn", "model", "birds", *words)
+    assert (learned.code, "bad images left out: 2" in learned.out) == (0, True)
+
+
+def test_a_bad_image_where_none_can_be_skipped(call: Call, model: Path, tmp_path: Path) -> None:
+    for name in ("text.jpg", "page.html"):
+        (tmp_path / "pets" / "cat" / name).write_text("no image")
+        for line in ("evaluate model pets", "run --out new --stream pets --tasks 1 --holdout 1"):
+            called = call(*line.split())
+            assert_refused(called, f"pets/cat/{name}")
+            assert "skip" not in called.err
+        (tmp_path / "pets" / "cat" / name).unlink()
 
 
 def test_a_huge_image_is_refused_by_its_size(model: Path, tmp_path: Path, refused: Refused) -> None:
@@ -260,6 +284,28 @@ def test_a_damaged_model(model: Path, refused: Refused, damage: str) -> None:
     refused("learn model pets", *parts)
 
 
+@pytest.mark.parametrize("key", ["tasks", "method", "config", "backbone", "seed", "augment"])
+def test_an_entry_that_somebody_removed(model: Path, refused: Refused, key: str) -> None:
+    _edit(lambda m: m.pop(key))(model)
+    for line in ("inspect model", "inspect model --json", "learn model pets", "learn model pets --dry-run"):
+        refused(line, "model.json", key)
+
+
+@pytest.mark.parametrize("tasks", [None, 3, ["pets"], [{"name": "pets"}], [{"classes": []}]])
+def test_tasks_that_somebody_rewrote(model: Path, refused: Refused, tasks: object) -> None:
+    _edit(lambda m: m.update(tasks=tasks))(model)
+    for line in ("inspect model", "learn model pets --name more"):
+        refused(line, "model.json")
+
+
+def test_an_earlier_state_that_somebody_edited(
+    call: Call, model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    assert call("learn", "model", "pets", "--epochs", 1).code == 0
+    _edit(lambda m: m["previous"].pop("tasks"))(model)
+    refused("undo model", "model.json", "tasks")
+
+
 def test_a_missing_weight_file(model: Path, refused: Refused) -> None:
     next(model.glob("model-*.safetensors")).unlink()
     refused("predict model pets", "model-", "missing")
@@ -331,7 +377,7 @@ def test_a_full_disk(
     assert call("learn", "model", "pets", "--epochs", 1).code == 0
 
 
-@pytest.mark.parametrize("moment", ["learn", "commit", "evaluate"])
+@pytest.mark.parametrize("moment", ["learn", "commit", "outputs"])
 def test_ctrl_c(
     call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -344,6 +390,6 @@ def test_ctrl_c(
         called = call(
             "learn", place, "pets", *(["--check", "pets"] if place == "model" else []), "--epochs", 1
         )
-        if moment != "evaluate" or place == "model":
+        if moment != "outputs" or place == "model":
             assert_refused(called, "interrupted", code=130)
             assert on_disk(tmp_path) == before

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import faults
+import duallora
 from command_line import Call, assert_refused, caller, images, on_disk, use_tiny_backbone
 from duallora import METHODS, CheckFailed, ContinualLearner, checkpoint
 from duallora.cli import VERBS
@@ -24,6 +27,7 @@ from duallora.commands.learn import learn
 from duallora.commands.predict import predict
 from duallora.commands.run import run
 from duallora.commands.undo import undo
+from tiny import tiny_backbone
 
 COMMANDS = {
     "run": run,
@@ -393,26 +397,36 @@ def test_the_embedded_backbone_is_named_as_small(capsys: pytest.CaptureFixture[s
     assert json.loads(call("inspect", tmp_path / "model", "--json").out)["backbone"]["name"] == "embedded"
 
 
-@pytest.mark.parametrize("kind", ["full_for_good", "interrupt", "crash"])
-def test_a_fault_at_any_file_operation_of_learn_leaves_the_old_or_the_new_model(
-    call: Call, model: Path, tmp_path: Path, kind: faults.Kind
+@pytest.mark.parametrize(("family", "said"), [("siglip", True), ("vit", False)])
+def test_a_final_feature_other_than_the_class_token_is_said(
+    call: Call, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: bool
 ) -> None:
-    few = images(tmp_path / "few", ["bus", "van"], 2)
-    words = [few, "--epochs", 1, "--name", "few"]
-    tried = 0
-    for trial in faults.sweep(model, tmp_path / "trials", lambda m: call("learn", m, *words), kind):
-        names = [task["name"] for task in checkpoint.read_manifest(trial.folder)["tasks"]]
-        assert names in (["pets"], ["pets", "few"]), trial
-        assert ContinualLearner.load(trial.folder, device="cpu").classes[:2] == ["cat", "dog"]
-        if trial.operation is None:
-            assert trial.result.code == 0
-        elif kind == "full_for_good" and trial.result.code:
-            assert trial.result.code == 2
-            assert len(trial.result.err.splitlines()) == 1
-        elif kind == "interrupt":
-            assert trial.result.code == 130
-        tried += 1
-    assert tried > 8
+    for module in ("learner", "backbones"):
+        monkeypatch.setattr(f"duallora.{module}.load_backbone", lambda *_: tiny_backbone(family))
+    learned = call("learn", tmp_path / "model", pets, "--epochs", 1)
+    small = ["--classes", 2, "--tasks", 1, "--train-per-class", 4, "--holdout", 2, "--epochs", 1]
+    ran = call("run", "--out", tmp_path / "run", *small)
+    for called in (learned, ran):
+        assert called.code == 0
+        lines = [line for line in called.out.splitlines() if line.startswith("final feature: ")]
+        assert len(lines) == said
+        assert not said or "attention pooling over the tokens" in lines[0]
+
+
+def test_the_images_to_check_are_looked_at_twice_and_the_held_back_ones_once(
+    call: Call, model: Path, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = ContinualLearner.outputs
+
+    def spy(self: ContinualLearner, data: Any) -> Any:
+        seen.append(len(data))
+        return real(self, data)
+
+    monkeypatch.setattr(ContinualLearner, "outputs", spy)
+    cars = images(tmp_path / "cars", ["bus", "van"], 10)
+    assert call("learn", model, cars, "--check", pets, "--max-drop", 1, "--epochs", 1).code == 0
+    assert sorted(seen) == [2, 24, 24]
 
 
 # -- the main job -------------------------------------------------------------------------------------------
@@ -431,8 +445,76 @@ def test_run_writes_a_folder_and_refuses_to_write_it_again(call: Call, tmp_path:
     assert len(results["tasks"]) == 2
     before = on_disk(tmp_path)
     assert_refused(call("run", "--out", tmp_path / "run", *small), "finished run")
-    assert_refused(call("run", "--out", tmp_path / "run", *small, "--seed", 1), "another run")
+    assert_refused(call("run", "--out", tmp_path / "run", *small, "--seed", 1), "finished run")
     assert on_disk(tmp_path) == before
+
+
+def _nothing(*_: object, **__: object) -> None:
+    raise AssertionError("called too early, or for nothing")
+
+
+def test_run_refuses_a_folder_before_it_loads_or_decodes_anything(
+    call: Call, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--stream", pets, "--tasks", 1, "--holdout", 2, "--epochs", 1]
+    assert call("run", "--out", tmp_path / "run", *words).code == 0
+    monkeypatch.setattr("duallora.backbones.load_backbone", _nothing)
+    monkeypatch.setattr("duallora.streams.folder.read_image", _nothing)
+    assert_refused(call("run", "--out", tmp_path / "run", *words), "finished run")
+    assert_refused(call("run", "--out", pets, *words), "not from a run")
+
+
+def _interrupted_run(call: Call, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """A run that ends after its first task."""
+    real = ContinualLearner.learn
+
+    def first(self: ContinualLearner, *args: Any, **kwargs: Any) -> Any:
+        if self.tasks:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualLearner, "learn", first)
+        assert call("run", *words).code == 130
+
+
+def test_a_resumed_run_loads_its_backbone_once(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--out", tmp_path / "run", "--stream", images(tmp_path / "pets", ["a", "b", "c", "d"], 4)]
+    words += ["--tasks", 2, "--holdout", 1, "--epochs", 1]
+    _interrupted_run(call, monkeypatch, *words)
+    loaded = []
+    monkeypatch.setattr("duallora.backbones.load_backbone", lambda *_: loaded.append(1) or tiny_backbone())
+    monkeypatch.setattr("duallora.learner.load_backbone", _nothing)
+    monkeypatch.setattr("duallora.commands.run._check_images", _nothing)
+    assert call("run", *words).code == 0
+    assert loaded == [1]
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]) == 2
+
+
+def test_a_run_is_not_resumed_with_other_weights(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--out", tmp_path / "run", "--classes", 4, "--tasks", 2, "--train-per-class", 4, "--holdout", 2]
+    words += ["--epochs", 1, "--backbone-file", tmp_path / "weights.safetensors"]
+    _interrupted_run(call, monkeypatch, *words)
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["backbone_file"] == "weights.safetensors"
+    assert config["backbone_sha256"] == tiny_backbone().info.sha256
+    before = on_disk(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("duallora.backbones.load_backbone", lambda *_: tiny_backbone(seed=1))
+        assert_refused(call("run", *words), "another run", "backbone_sha256")
+    assert_refused(call("run", *words[:-1], tmp_path / "other.safetensors"), "another run", "backbone_file")
+    assert on_disk(tmp_path) == before
+    assert call("run", *words).code == 0
+
+
+@pytest.mark.parametrize("words", [["--device", "mps"], ["--method.first_adapted_layer", 7]])
+def test_a_run_that_cannot_begin_leaves_no_folder(call: Call, tmp_path: Path, words: list[object]) -> None:
+    assert call("run", "--out", tmp_path / "run", *words).code == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_on_a_folder_in_several_domains(call: Call, tmp_path: Path) -> None:
@@ -470,6 +552,36 @@ def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_on_demand(
     assert "Traceback" in call("inspect", model).err
 
 
+def test_a_warning_of_the_package_is_one_plain_line(
+    call: Call, model: Path, pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = warnings.showwarning
+    real = ContinualLearner.evaluate
+
+    def warn(self: ContinualLearner, *args: Any) -> Any:
+        place = Path(duallora.__file__).parent / "methods" / "duallora.py"
+        warnings.warn_explicit("no direction\nis left", UserWarning, str(place), 1)
+        return real(self, *args)
+
+    monkeypatch.setattr(ContinualLearner, "evaluate", warn)
+    called = call("evaluate", model, pets)
+    assert called.code == 0
+    assert called.err.splitlines() == ["duallora: no direction is left"]
+    assert warnings.showwarning is shown
+
+
+def test_an_exhausted_complement_is_said_in_plain_lines(call: Call, pets: Path, tmp_path: Path) -> None:
+    words = ["--epochs", 1, "--method.energy_threshold", 1]
+    said = ""
+    for number in range(1, 4):
+        called = call("learn", tmp_path / "model", pets, "--name", number, *words)
+        assert called.code == 0
+        said += called.err
+    lines = [line for line in said.splitlines() if "no direction is left" in line]
+    assert lines and all(line.startswith("duallora: layer ") for line in lines)
+    assert ".py" not in said and "Warning" not in said
+
+
 def _duallora(*words: object, **settings: Any) -> subprocess.Popen[str]:
     entry = "from duallora.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", entry, *map(str, words)]
@@ -500,6 +612,44 @@ def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path)
     assert err.splitlines()[-1] == "duallora: interrupted; every saved file is whole."
     assert "Traceback" not in err
     assert not (tmp_path / "model").exists()
+
+
+def test_real_kills_of_a_command_that_learns(tmp_path: Path) -> None:
+    """Killed at a random moment of the lesson, then just after the first change of the folder."""
+    model, pets = tmp_path / "model", images(tmp_path / "pets", ["cat", "dog"], 3)
+    cars = images(tmp_path / "cars", ["bus", "van"], 3)
+    start = time.monotonic()
+    assert _duallora("learn", model, pets, "--epochs", 1).wait() == 0
+    took = time.monotonic() - start
+    chance = random.Random(0)
+    for saving in (False, True):
+        before = sorted(on_disk(model))
+        learning = _duallora("learn", model, cars, "--epochs", 1 if saving else 100_000)
+        try:
+            if saving:
+                _wait_until(lambda before=before: sorted(_names(model)) != before, learning)
+            time.sleep(chance.random() / 500 if saving else took * (0.5 + chance.random()))
+        finally:
+            learning.kill()
+            learning.communicate()
+        assert learning.returncode == -signal.SIGKILL
+        tasks = [task.name for task in ContinualLearner.load(model, device="cpu").tasks]
+        assert tasks in ([["pets"], ["pets", "cars"]] if saving else [["pets"]])
+    assert _duallora("learn", model, cars, "--epochs", 1, "--name", "more").wait() == 0
+    after = ContinualLearner.load(model, device="cpu").tasks
+    assert [task.name for task in after] == [*tasks, "more"]
+    assert not [name for name in _names(model) if name.endswith(".tmp")]
+
+
+def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, "it ended before it could be killed"
+        time.sleep(0.001)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def test_a_closed_pipe_is_no_error_to_talk_about() -> None:

