@@ -55,6 +55,7 @@ def commit(
     tensors: Mapping[str, torch.Tensor],
     *,
     extra_files: Mapping[str, tuple[Path, str]] = {},
+    replaces: str | None = None,
 ) -> str:
     """Saves one generation; the caller holds :func:`exclusive` on the folder.
 
@@ -66,6 +67,8 @@ def commit(
         tensors: the weights, any shape and dtype; they are written contiguous and from the CPU.
         extra_files: ``{"backbone": (path, sha256)}`` copies that file once, as
             ``backbone-<sha256[:12]>.safetensors``; the source is not read again afterwards.
+
+        replaces: the weight file of the only generation that may be replaced, if it matters.
 
     Returns:
         The name of the weight file, which identifies the generation.
@@ -80,6 +83,11 @@ def commit(
     )
     digest = hashlib.sha256(data).hexdigest()
     weights = f"model-{digest[:12]}.safetensors"
+    # The same weights may be there: from a save that was interrupted after it had replaced model.json.
+    if old is not None and replaces is not None and old["weights"] not in (replaces, weights):
+        raise DualLoRAError(
+            f"the model in {folder} has changed since it was loaded; load it again and repeat the task."
+        )
     try:
         files = {weights: digest, **_copy_all(folder, extra_files)}
         replace_file(folder / weights, [data])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -98,8 +99,10 @@ class ContinualLearner:
         """
         self._check_usable()
         data, classes = _present_classes(dataset)
-        name = name if name is not None else f"task {len(self.tasks) + 1}"
-        if any(task.name == name for task in self.tasks):
+        taken = {task.name for task in self.tasks}
+        numbered = (f"task {number}" for number in itertools.count(len(self.tasks) + 1))
+        name = name if name is not None else next(free for free in numbered if free not in taken)
+        if name in taken:
             raise DualLoRAError(
                 f"a task named {name!r} has been learned already; give this one another name."
             )
@@ -240,7 +243,6 @@ class ContinualLearner:
     def commit(self, folder: Path) -> None:
         """As :meth:`save`, for a caller that holds ``checkpoint.exclusive`` on the folder already."""
         self._check_usable()
-        self._check_origin(folder)
         info = self.backbone.info
         manifest = {
             "package_version": version("duallora"),
@@ -253,7 +255,9 @@ class ContinualLearner:
             "tasks": [task.to_dict() for task in self.tasks],
         }
         extra = {} if info.file is None else {"backbone": (Path(info.file), info.sha256)}
-        weights = checkpoint.commit(folder, manifest, self.method.state(), extra_files=extra)
+        place, known = self._origin if self._origin is not None else (None, None)
+        known = known if place == folder.resolve() else None
+        weights = checkpoint.commit(folder, manifest, self.method.state(), extra_files=extra, replaces=known)
         self._origin = (folder.resolve(), weights)
 
     @classmethod
@@ -330,17 +334,6 @@ class ContinualLearner:
         for start in range(0, len(items), EVALUATION_BATCH):
             yield torch.stack(
                 [self.preprocess(to_pil(item)) for item in items[start : start + EVALUATION_BATCH]]
-            )
-
-    def _check_origin(self, folder: Path) -> None:
-        """Refuses to replace a state that this learner has never seen, in the folder it came from."""
-        if self._origin is None or self._origin[0] != folder.resolve():
-            return
-        if not (folder / "model.json").exists():
-            return
-        if checkpoint.read_manifest(folder)["weights"] != self._origin[1]:
-            raise DualLoRAError(
-                f"the model in {folder} has changed since it was loaded; load it again and repeat the task."
             )
 
     def _check_usable(self) -> None:

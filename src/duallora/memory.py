@@ -116,7 +116,7 @@ class RowMemory:
             -(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()
         ]
         self.losses[task] = torch.stack(losses)
-        nearest = self.distance(features, own)[0].cpu()[counted].double()
+        nearest = self._unseen_distance(features, own)[counted].double()
         if len(nearest):
             spread = float(nearest.std(unbiased=False))
             q95 = float(nearest.quantile(0.95))
@@ -167,6 +167,26 @@ class RowMemory:
             [self.distances.get(t, (self.dim**0.5, 2**-0.5)) for t in range(self.tasks)], device=f.device
         )
         return ((table[task, 0] - nearest) / table[task, 1]).sigmoid()
+
+    def _unseen_distance(self, f: Tensor, own: Own) -> Tensor:
+        """Smallest distance (n,) of each image to a row, had it been in neither a mean nor the covariance.
+
+        With few images per direction an image pulls the covariance towards itself, and new images of its
+        class lie much further out. Without image i the scatter loses ``n/(n-1) v^T v`` (v: its offset
+        from its row's mean), so by Sherman and Morrison ``d_c^2 = |w_c|^2 + k (w_c v^T)^2 / (1 - k |v|^2)`` in
+        whitened coordinates, ``k = n / ((n - 1)(N - R))``; the regularisation is left as it is.
+        """
+        z, nu = self._whiten(f), self._nu
+        n = self._count[own.row].clamp(min=2)
+        v = z - nu[own.row]
+        u = v.square().sum(1)
+        k = n / ((n - 1) * max(float(self.moments.count.sum()) - len(self.moments.count), 1.0))
+        shrink = k / (1 - k * u).clamp(min=1e-6)
+        square = z.square().sum(1, keepdim=True) - 2 * z @ nu.T + nu.square().sum(1)
+        square = square + shrink[:, None] * ((z * v).sum(1, keepdim=True) - v @ nu.T).square()
+        mine = (n / (n - 1)).square() * (u + shrink * u.square())
+        nearest: Tensor = square.scatter(1, own.row[:, None], mine[:, None]).min(1).values
+        return nearest.clamp(min=0).sqrt().cpu()
 
     def move(self, drift: Tensor) -> None:
         """Moves all rows by the linear map M = ``drift`` (d, d): ``mu M``, ``M^T scatter M`` (after SLDC)."""
