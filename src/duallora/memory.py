@@ -173,7 +173,7 @@ class RowMemory:
 
         With few images per direction an image pulls the covariance towards itself, and new images of its
         class lie much further out. Without image i the scatter loses ``n/(n-1) v^T v`` (v: its offset
-        from its row's mean), so by Sherman and Morrison ``d_c^2 = |w_c|^2 + k (w_c v^T)^2 / (1 - k |v|^2)`` in
+        from its row mean), so by Sherman and Morrison ``d_c^2 = |w_c|^2 + k (w_c v^T)^2 / (1 - k |v|^2)`` in
         whitened coordinates, ``k = n / ((n - 1)(N - R))``; the regularisation is left as it is.
         """
         z, nu = self._whiten(f), self._nu
