@@ -363,15 +363,3 @@ def test_fields_of_outputs_are_on_the_cpu_in_fp32(name: str) -> None:
         value = getattr(outputs, field.name)
         if isinstance(value, torch.Tensor) and field.name not in ("row_task", "row_class"):
             assert value.dtype == torch.float32 and value.device.type == "cpu", field.name
-
-
-def test_the_linear_probe_and_frozen_features_differ_in_the_readout_alone() -> None:
-    found = []
-    for each in ("linear", "frozen"):
-        learner = learned(each, three_tasks())
-        outputs = learner.outputs(unseen(three_tasks()))
-        assert outputs.readout == {"linear": "heads", "frozen": "calibrated"}[each]
-        found.append(outputs)
-    assert torch.equal(found[0].heads, found[1].heads)
-    assert found[0].calibrated is not None and found[1].calibrated is not None
-    assert torch.equal(found[0].calibrated, found[1].calibrated)

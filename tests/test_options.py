@@ -335,3 +335,9 @@ def test_valid_limits_are_accepted() -> None:
     DualLoRAConfig(energy_threshold=1, tau=0, ridge=None, first_adapted_layer=None, top_tasks=1)
     DualLoRAConfig(first_adapted_layer=0, gate="off")
     DualLoRAConfig(learning_rate=1, ridge=1)  # an int where a float is meant
+
+
+def test_the_linear_probe_and_frozen_features_differ_in_the_readout_alone() -> None:
+    linear, frozen = outputs_of("linear", ()), outputs_of("frozen", ())
+    assert (linear.readout, frozen.readout) == ("heads", "calibrated")
+    assert differing(linear, frozen) == []
