@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ __all__ = [
     "FORMAT_VERSION",
     "commit",
     "exclusive",
+    "intact",
     "read",
     "read_manifest",
     "remove_leftovers",
@@ -157,6 +158,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is truncated or not JSON; restore it from a copy of the model or name another folder."
         ) from None
     return _checked(manifest, path)
+
+
+@contextmanager
+def intact(folder: Path) -> Iterator[None]:
+    """Inside, an entry of ``model.json`` that is missing or of another kind is refused with one sentence.
+
+    Raises:
+        DualLoRAError: naming the entry.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else f"{error}"
+        raise DualLoRAError(
+            f"{folder / _MANIFEST} is damaged or from another version of duallora ({detail}); restore it "
+            "from a copy of the model, or use the version that wrote it."
+        ) from error
 
 
 def undo(folder: Path) -> dict[str, Any]:

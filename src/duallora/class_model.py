@@ -33,7 +33,6 @@ class RandomFeatureModel:
         self.images = 0
         self.losses: dict[int, Tensor] = {}
         self.weight = torch.zeros(size, 0, device=device)  # W
-        self._leverage = (torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64))
 
     @property
     def kappa(self) -> float:
@@ -49,8 +48,8 @@ class RandomFeatureModel:
             self.gram += h.T @ h
             self.targets.index_add_(1, y.cpu() + first, h.T.contiguous())
         self.images += len(features)
-        self._solve()
-        self._fit(task, features, labels + first)
+        vectors, inverse = self._solve()
+        self._fit(task, features, labels + first, vectors, inverse)
 
     def log_q(self, f: Tensor) -> Tensor:
         """Log-posterior over rows (n, R) for final features (n, d)."""
@@ -82,8 +81,11 @@ class RandomFeatureModel:
     def _lift(self, f: Tensor) -> Tensor:
         return (f.to(self.device).float() @ self.projection).relu()
 
-    def _solve(self) -> None:
-        """One eigendecomposition serves every ridge: ``RSS`` and ``tr H`` are sums over eigenvalues."""
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        """Refits W; returns eigenvectors (M, M) and inverse eigenvalues (M,) of ``G`` with the ridge.
+
+        One eigendecomposition serves every ridge: ``RSS`` and ``tr H`` are sums over eigenvalues.
+        """
         values, vectors = torch.linalg.eigh(self.gram)
         values = values.clamp(min=0)
         rotated = vectors.T @ self.targets
@@ -100,11 +102,10 @@ class RandomFeatureModel:
 
         ridge = self.ridge if self.ridge is not None else min(RIDGES.tolist(), key=validation)
         self.weight = (vectors @ (rotated / (values + ridge)[:, None])).float().to(self.device)
-        self._leverage = (vectors, (values + ridge).reciprocal())
+        return vectors, (values + ridge).reciprocal()
 
-    def _fit(self, task: int, features: Tensor, rows: Tensor) -> None:
+    def _fit(self, task: int, features: Tensor, rows: Tensor, vectors: Tensor, inverse: Tensor) -> None:
         """Closed-form leave-one-out scores ``(z - h_ii y) / (1 - h_ii)`` of the task's images."""
-        vectors, inverse = self._leverage
         h = self._lift(features).cpu().double()
         leverage = ((h @ vectors).square() @ inverse).clamp(max=1 - 1e-6)[:, None]
         y = F.one_hot(rows.cpu(), self.targets.shape[1]).double()

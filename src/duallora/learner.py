@@ -128,7 +128,7 @@ class ContinualLearner:
 
     def outputs(self, dataset: Dataset[Any]) -> Outputs:
         """Raw outputs for every image of a data set, in order; labels are not looked at."""
-        data = dataset if isinstance(dataset, TaskDataset) else as_task_dataset(dataset)
+        data = as_task_dataset(dataset)
         found = batches(data, lambda image, _: self.preprocess(image), EVALUATION_BATCH, self.device)
         return self.outputs_of(batch.images for batch in found)
 
@@ -208,8 +208,9 @@ class ContinualLearner:
         probabilities = metrics.class_probabilities(outputs, outputs.readout)
         values, which = probabilities.topk(min(max(top, 1), len(self.classes)), 1)
         # Where plain heads answer, the task is theirs too: the rows might contradict the class.
-        by_heads = sum_rows(outputs.heads, outputs.row_task, len(self.tasks))
-        log_task = by_heads if outputs.readout == "heads" else outputs.task_posterior
+        log_task = outputs.task_posterior
+        if outputs.readout == "heads":
+            log_task = sum_rows(outputs.heads, outputs.row_task, len(self.tasks))
         confidence, task = log_task.exp().max(1)
         result = []
         for i, item in enumerate(items):
@@ -282,13 +283,8 @@ class ContinualLearner:
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
-        try:
+        with checkpoint.intact(folder):
             return cls._restore(folder, manifest, tensors, device, progress, backbone)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise DualLoRAError(
-                f"{folder / 'model.json'} is damaged or from another version of duallora ({error}); "
-                "restore it from a copy, or use the version that wrote it."
-            ) from error
 
     @classmethod
     def _restore(

@@ -95,10 +95,10 @@ class Subspace:
         target = energy_share(threshold, len(self.sizes)) * moment.trace()
         vectors, values = top_eigenvectors(self.complement(moment), _floor(moment))
         vectors, values = vectors[:, : self.free], values[: self.free]
-        captured = (self.phi.T @ moment @ self.phi).trace() + values.cumsum(0)
-        if (self.phi.T @ moment @ self.phi).trace() >= target:
+        known = (self.phi.T @ moment @ self.phi).trace()
+        if known >= target:
             return vectors[:, :0]
-        needed = int((captured < target).sum()) + 1
+        needed = int((known + values.cumsum(0) < target).sum()) + 1
         return vectors[:, :needed]
 
     def grow(self, moment: Tensor, threshold: float) -> None:

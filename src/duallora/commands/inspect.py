@@ -21,10 +21,9 @@ def inspect(model: Path, *, json: bool = False) -> None:
         json: print one JSON document
     """
     from duallora import checkpoint
-    from duallora.commands.manifest import intact
 
     manifest, tensors = checkpoint.read(model)
-    with intact(model):
+    with checkpoint.intact(model):
         shown = ("name", "classes", "learned_at", "train_images")
         tasks = [{key: task[key] for key in shown} for task in manifest["tasks"]]
         about = {key: manifest[key] for key in ("method", "config", "seed", "augment", "backbone")}

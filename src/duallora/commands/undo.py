@@ -14,9 +14,8 @@ def undo(model: Path) -> None:
         model: folder of the saved model
     """
     from duallora import checkpoint
-    from duallora.commands.manifest import intact
 
-    with intact(model):  # before anything is changed
+    with checkpoint.intact(model):  # before anything is changed
         previous = checkpoint.read_manifest(model).get("previous")
         names = [] if previous is None else [str(task["name"]) for task in previous["tasks"]]
         before = names[-1] if names else "nothing"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from duallora import checkpoint
 from duallora.atomic import sha256_of
 from duallora.commands.choice import MethodChoice
-from duallora.commands.manifest import intact
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.methods import MethodConfig
@@ -43,7 +42,7 @@ class Wishes:
             self.method.config()
             return None
         manifest = checkpoint.read_manifest(model)
-        with intact(model):
+        with checkpoint.intact(model):
             _ = [task["name"] for task in manifest["tasks"]]
             self.method.check_against(manifest["method"], manifest["config"])
             self._check_backbone(manifest["backbone"])

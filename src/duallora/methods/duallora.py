@@ -184,7 +184,7 @@ class DualLoRA(Method):
         for module in self.adapted.values():
             module.merge()
         if self._start is not None and task.index > 0 and len(task.classes) > 1:
-            self._follow_drift(task, loader)
+            self._follow_drift(task, loader, self._start)
         seen = self._pass(loader, own=True)
         for place, subspace in self.subspaces.items():
             subspace.grow(seen.moments[place].value, self.config.energy_threshold)
@@ -195,20 +195,18 @@ class DualLoRA(Method):
         self._start, self._taken = None, {}
         self.memory.release()
 
-    def _follow_drift(self, task: TaskInfo, loader: Loader) -> None:
+    def _follow_drift(self, task: TaskInfo, loader: Loader, start: Tensor) -> None:
         """Moves the old rows by ``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d``.
 
-        X: final features before the task; Y: after it as an old image meets the model, R_t off and the gate
-        over earlier tasks.
+        X: final features before the task (``start``); Y: after it as an old image meets the model, R_t off,
+        and the gate over earlier tasks.
         """
-        if self._start is None:
-            return
         self.memory.limit = task.index
         try:
             after, _ = self.observe(loader)
         finally:
             self.memory.limit = None
-        x, y = self._start.cpu().double(), after.cpu().double()
+        x, y = start.cpu().double(), after.cpu().double()
         gram = x.T @ x
         eye = torch.eye(len(gram), dtype=torch.float64)
         ridge = 0.01 * float(gram.trace()) / len(gram)
