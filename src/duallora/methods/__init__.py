@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Loader, Method, MethodConfig, Readout, TaskInfo
+from duallora.methods.base import Batch, Loader, Method, Readout, TaskInfo
+from duallora.methods.config import MethodConfig
 from duallora.methods.duallora import DualLoRA, DualLoRAConfig
 from duallora.methods.frozen import Frozen, FrozenConfig, Linear, LinearConfig
 from duallora.methods.lora import LoRA, LoRAConfig

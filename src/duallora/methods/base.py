@@ -1,31 +1,36 @@
-"""What a method is: five hooks around one task, and the readouts that every method has.
+"""What a method is: a few hooks around one task, and the readouts that every method has.
 
 Order of the calls for one task::
 
     prepare(task, loader)      passes without gradients over the evaluation views; opens head and adapters
+      grow(task)               creates the task's parameters; also called, task by task, when state is loaded
     loss(batch); after_step()  once per optimiser step, on augmented views (skipped for a single class)
     consolidate(task, loader)  after training: merge, measure, update what is remembered
     logits(images)             any time: the readouts of a batch, without the task
+      extract(images)          the final features of a batch
+      head_logits(features)    the heads' logits
     state() / load_state()     between tasks only
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora.adapters.beside import Beside, put_beside
 from duallora.backbones import Backbone
 from duallora.class_model import RandomFeatureModel
 from duallora.errors import DualLoRAError
+from duallora.features import FrozenFeatures
 from duallora.heads import Heads, calibrate
 from duallora.memory import ClassMoments, RowMemory
+from duallora.methods.config import MethodConfig
 from duallora.relevance import part
 
 
@@ -48,73 +53,6 @@ class TaskInfo:
     index: int
     name: str
     classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """Fields that every method has.
-
-    Attributes:
-        epochs: passes over a task's training images.
-        batch_size: images per optimiser step.
-        head_learning_rate: Adam's learning rate of the heads, cosine to zero.
-        calibration: how the calibrated readout joins heads, class model and task identity.
-        tau: weight of the task posterior with ``calibration="task"``.
-        class_model: posterior over rows on the final feature.
-        random_features: number of random features with ``class_model="random_features"``.
-        ridge: their ridge; null chooses it by generalised cross-validation.
-    """
-
-    epochs: int = 4
-    batch_size: int = 32
-    head_learning_rate: float = 5e-3
-    calibration: Literal["class", "task", "none"] = "class"
-    tau: float = 1.0
-    class_model: Literal["gaussian", "random_features"] = "gaussian"
-    random_features: int = 2000
-    ridge: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses values outside what a field allows.
-
-        Raises:
-            DualLoRAError: naming the field, the value and what is valid.
-        """
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            _check_field(field.name, getattr(self, field.name), hints[field.name])
-
-
-_POSITIVE = {
-    "epochs",
-    "batch_size",
-    "head_learning_rate",
-    "learning_rate",
-    "random_features",
-    "top_tasks",
-    "ridge",
-}
-
-
-def _check_field(name: str, value: Any, hint: Any) -> None:
-    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if value is None and type(None) in kinds:
-        return
-    kind = kinds[0]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise DualLoRAError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
-        return
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise DualLoRAError(f"{name} must be true or false, not {value!r}.")
-        return
-    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise DualLoRAError(f"{name} must be a {'whole' if kind is int else 'finite'} number, not {value!r}.")
-    positive = name in _POSITIVE
-    if value < 0 or (positive and value == 0):
-        raise DualLoRAError(f"{name} must be {'above' if positive else 'at least'} 0, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -147,14 +85,26 @@ class Method:
         seed: every draw is keyed by it and the task.
 
     Attributes:
+        paper: where the method comes from.
+        stores: what it keeps of a task, in a few words.
+        reconstruction: whether the paper's code or text was not to be had, so that parts are a guess.
+        all_at_once: whether it has to see all tasks' images together.
         readout: which readout is the method's own answer.
+        adapters: modules that are trained and saved with the method, with those of their parameters that
+            take no gradients; by layer as a string where :meth:`attach` put them.
+        beside: the wrapped projections by layer, where :meth:`attach` put updates.
+        cache: features of the bare backbone by image, for :meth:`frozen_features`.
         autocast: precision of the backbone in passes and training; everything else runs in fp32.
         forward_passes: backbone passes per image at inference.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
-            layers; None without.
+            layers; None without, or where an update is no matrix.
         residual_norm: the same for the gated update.
     """
 
+    paper: ClassVar[str] = ""
+    stores: ClassVar[str] = "heads, class rows"
+    reconstruction: ClassVar[bool] = False
+    all_at_once: ClassVar[bool] = False
     readout: ClassVar[Literal["heads", "calibrated"]] = "heads"
     forward_passes: ClassVar[int] = 1
 
@@ -173,6 +123,10 @@ class Method:
             self.random = RandomFeatureModel(
                 backbone.feature_dim, config.random_features, config.ridge, seed, self.device
             )
+        self.adapters = nn.ModuleDict()
+        self.beside: dict[int, Beside] = {}
+        self._before: Sequence[Tensor | None] = []
+        self.cache: FrozenFeatures | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
@@ -183,12 +137,31 @@ class Method:
         return "heads" if self.config.calibration == "none" else self.readout
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
-        """Before training: opens the task's head."""
+        """Before training: opens the task's head and what :meth:`grow` adds."""
         self.heads.open(len(task.classes), self.generator(task.index))
+        self._before = [update for update in map(Beside.delta_weight, self.beside.values())]
+        for wrapper in self.beside.values():
+            wrapper.separate()
+        self.grow(task.index)
+
+    def grow(self, task: int) -> None:
+        """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
+
+        Called for task 0, 1, ... in turn, before training and when a state is loaded; nothing but ``task``,
+        the configuration and the seed may decide about names and shapes.
+        """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters of the current task with their learning rates, as an optimiser takes them."""
-        return [{"params": list(self.heads.tasks[-1].parameters()), "lr": self.config.head_learning_rate}]
+        """Parameters of the current task with their learning rates, as an optimiser takes them.
+
+        The current head at ``head_learning_rate``, whatever in ``adapters`` takes gradients at
+        ``learning_rate``.
+        """
+        groups = [{"params": list(self.heads.tasks[-1].parameters()), "lr": self.config.head_learning_rate}]
+        trained = [p for p in self.adapters.parameters() if p.requires_grad]
+        if trained:
+            groups.append({"params": trained, "lr": vars(self.config)["learning_rate"]})
+        return groups
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
@@ -197,22 +170,70 @@ class Method:
     def features(self, images: Tensor) -> Tensor:
         """Final features (n, d), fp32, as passes and training see them."""
         with self.autocast():
-            features: Tensor = self.backbone(images)
-        return features.float()
+            return self.extract(images).float()
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Final features (n, d) of the adapted model for images (n, 3, H, W)."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """Final features (n, d) of the bare backbone, fp32, from the cache where it has all the images.
+
+        For methods whose adapters are off but for their own passes.
+        """
+        found = None if self.cache is None else self.cache.lookup(images)
+        if found is not None:
+            return found.to(images.device)
+        features: Tensor = self.backbone(images).float()
+        return features
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Logits of all rows (n, R) for final features (n, d)."""
+        logits: Tensor = self.heads(features)
+        return logits
 
     def after_step(self) -> None:
         """After an optimiser step: constraints on parameters."""
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """After training: one pass over the task's images for the rows on the final feature."""
+        self.merge()
         features, labels = self.observe(loader)
         self.remember(task, features, labels)
+
+    def attach(self, first: int | None, projections: str, make: Callable[[int, int], nn.Module]) -> None:
+        """Puts an update beside the qkv projection of each adapted layer.
+
+        Args:
+            first: field ``first_adapted_layer``.
+            projections: which of ``q``, ``k`` and ``v`` the update adds to.
+            make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
+        """
+        self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
+        self.adapters = nn.ModuleDict({str(layer): b.update for layer, b in self.beside.items()})
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds updates that can say their ``delta_weight()`` into the weights; notes the task's norm.
+
+        Call it after training, before a pass is made for what is remembered.
+        """
+        moved = []
+        for wrapper, before in zip(self.beside.values(), self._before, strict=True):
+            wrapper.merge()
+            after = wrapper.delta_weight()
+            if after is not None:
+                change = after if before is None else after - before
+                moved.append(float(change.norm() / wrapper.frozen_norm()))
+        self.orthogonal_norm = sum(moved) / len(moved) if moved else None
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Readout:
         """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
-        features, config = self.backbone(images).float(), self.config  # fp32: bf16 would round by batch size
-        logits = self.heads(features)
+        features, config = self.extract(images).float(), self.config  # fp32: bf16 would round by batch size
+        logits = self.head_logits(features)
         log_q = self.rows.log_q(features) if self.random is None else self.random.log_q(features)
         log_task = self.task_posterior(log_q)
         calibrated = None
@@ -238,6 +259,7 @@ class Method:
         tensors |= {f"rows.{name}": x for name, x in self.rows.state().items()}
         if self.random is not None:
             tensors |= {f"random.{name}": x for name, x in self.random.state().items()}
+        tensors |= {f"adapters.{name}": x.detach() for name, x in self.adapters.state_dict().items()}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -246,6 +268,11 @@ class Method:
         self.rows.load_state(part(tensors, "rows"))
         if self.random is not None:
             self.random.load_state(part(tensors, "random"))
+        for task in range(len(self.heads.tasks)):
+            self.grow(task)
+        self.adapters.load_state_dict(part(tensors, "adapters"))
+        for wrapper in self.beside.values():
+            wrapper.merge()
 
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Adds the task's rows on the final feature (n, d) and fits their temperature; called once a task."""
@@ -260,6 +287,25 @@ class Method:
         features, labels = zip(*((self.features(b.images), b.labels) for b in loader()), strict=True)
         return torch.cat(features), torch.cat(labels)
 
-    def generator(self, task: int) -> torch.Generator:
-        """Random numbers for a task's initialisation, the same on every device and after every resume."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + task)
+    def generator(self, task: int, purpose: int = 0) -> torch.Generator:
+        """Random numbers for a task's initialisation, the same on every device and after every resume.
+
+        Args:
+            task: index of the task.
+            purpose: 0 for the head; another number for every other use in the same task.
+        """
+        return torch.Generator().manual_seed((purpose * 1_000_033 + self.seed) * 1_000_003 + task)
+
+
+def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
+    """Layers that carry adapters: from ``first`` (default ``max(1, depth // 3)``) to the top.
+
+    Raises:
+        DualLoRAError: if no layer is left.
+    """
+    start = max(1, backbone.depth // 3) if first is None else first
+    if not start < backbone.depth:
+        raise DualLoRAError(
+            f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}."
+        )
+    return list(range(start, backbone.depth))

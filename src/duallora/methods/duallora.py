@@ -20,7 +20,8 @@ from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, MethodConfig, TaskInfo
+from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
+from duallora.methods.config import MethodConfig
 from duallora.relevance import DynamicMemory, EnergyMemory, GatePoint, part
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
@@ -94,6 +95,9 @@ class _Seen:
 class DualLoRA(Method):
     """The method; see :class:`duallora.methods.base.Method` for the hooks and their order."""
 
+    paper = "DualLoRA 2024 (2411.00623)"
+    stores = "factors of O, bases and C of R, Phi, heads, class rows, gate rows"
+    reconstruction = True
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
     config: DualLoRAConfig
 
@@ -332,17 +336,3 @@ class DualLoRA(Method):
                     found.append(self.memory.features[layer])
         gate = {layer: torch.cat(found) for layer, found in gathered.items()}
         return _Seen(moments, gate, torch.cat(features) if final else None, torch.cat(labels))
-
-
-def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
-    """Layers that carry adapters: from ``first`` (default ``max(1, depth // 3)``) to the top.
-
-    Raises:
-        DualLoRAError: if no layer is left.
-    """
-    start = max(1, backbone.depth // 3) if first is None else first
-    if not start < backbone.depth:
-        raise DualLoRAError(
-            f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}."
-        )
-    return list(range(start, backbone.depth))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from duallora.methods.base import Method, MethodConfig
+from torch import Tensor
+
+from duallora.methods.base import Method
+from duallora.methods.config import MethodConfig
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,19 @@ class FrozenConfig(MethodConfig):
 class Linear(Method):
     """Linear probe: no adapters, arg-max over the concatenated heads."""
 
+    paper = "linear probe"
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of the bare backbone."""
+        return self.frozen_features(images)
+
 
 class Frozen(Method):
     """No adapters; heads, rows and calibration as in DualLoRA: what the adapters are measured against."""
 
+    paper = "frozen features"
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of the bare backbone."""
+        return self.frozen_features(images)

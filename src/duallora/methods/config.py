@@ -1,0 +1,76 @@
+"""Fields that every method has, and what a field may hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from duallora.errors import DualLoRAError
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Fields that every method has.
+
+    Attributes:
+        epochs: passes over a task's training images.
+        batch_size: images per optimiser step.
+        head_learning_rate: Adam's learning rate of the heads, cosine to zero.
+        calibration: how the calibrated readout joins heads, class model and task identity.
+        tau: weight of the task posterior with ``calibration="task"``.
+        class_model: posterior over rows on the final feature.
+        random_features: number of random features with ``class_model="random_features"``.
+        ridge: their ridge; null chooses it by generalised cross-validation.
+    """
+
+    epochs: int = 4
+    batch_size: int = 32
+    head_learning_rate: float = 5e-3
+    calibration: Literal["class", "task", "none"] = "class"
+    tau: float = 1.0
+    class_model: Literal["gaussian", "random_features"] = "gaussian"
+    random_features: int = 2000
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values outside what a field allows.
+
+        Raises:
+            DualLoRAError: naming the field, the value and what is valid.
+        """
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            _check_field(field.name, getattr(self, field.name), hints[field.name])
+
+
+_POSITIVE = {
+    "epochs",
+    "batch_size",
+    "head_learning_rate",
+    "learning_rate",
+    "random_features",
+    "top_tasks",
+    "ridge",
+}
+
+
+def _check_field(name: str, value: Any, hint: Any) -> None:
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise DualLoRAError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}.")
+        return
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise DualLoRAError(f"{name} must be true or false, not {value!r}.")
+        return
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise DualLoRAError(f"{name} must be a {'whole' if kind is int else 'finite'} number, not {value!r}.")
+    positive = name in _POSITIVE
+    if value < 0 or (positive and value == 0):
+        raise DualLoRAError(f"{name} must be {'above' if positive else 'at least'} 0, not {value}.")
