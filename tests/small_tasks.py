@@ -71,6 +71,9 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
         "energy_threshold": 0.7,
         "learning_rate": 2e-2,
         "random_features": 48,
+        "drift_steps": 20,
+        "samples": 16,
+        "refit_epochs": 8,
     }
     known = {field.name for field in fields(config)}
     return config(**({k: v for k, v in small.items() if k in known} | changes))

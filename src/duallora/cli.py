@@ -19,6 +19,8 @@ from duallora.errors import DualLoRAError
 # Verb -> where its function lives. By name, so that no verb imports the libraries of another.
 VERBS = {
     "run": "duallora.commands.run:run",
+    "compare": "duallora.commands.compare:compare",
+    "methods": "duallora.commands.methods:methods",
     "learn": "duallora.commands.learn:learn",
     "predict": "duallora.commands.predict:predict",
     "evaluate": "duallora.commands.evaluate:evaluate",

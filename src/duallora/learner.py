@@ -106,6 +106,11 @@ class ContinualLearner:
             raise DualLoRAError(
                 f"a task named {name!r} has been learned already; give this one another name."
             )
+        if self.method.all_at_once and self.tasks:
+            raise DualLoRAError(
+                f"{self.method_name} learns all classes at once and has done so; "
+                "join the tasks into one data set, or take another method."
+            )
         task = TaskInfo(len(self.tasks), name, classes)
         augmentation = Augmentation(self.backbone.info, self.augment, self.seed, task.index)
         self._unfinished = name

@@ -188,10 +188,16 @@ class RowMemory:
         nearest: Tensor = square.scatter(1, own.row[:, None], mine[:, None]).min(1).values
         return nearest.clamp(min=0).sqrt().cpu()
 
-    def move(self, drift: Tensor) -> None:
-        """Moves all rows by the linear map M = ``drift`` (d, d): ``mu M``, ``M^T scatter M`` (after SLDC)."""
+    def move(self, drift: Tensor, mean: Tensor | None = None) -> None:
+        """Moves all rows by the linear map M = ``drift`` (d, d): ``mu M``, ``M^T scatter M`` (after SLDC).
+
+        Args:
+            drift: M.
+            mean: where the means (R, d) go, if ``drift`` only approximates a map; None is ``mu M``.
+        """
         m = self.moments
-        self.moments = ClassMoments(m.count, m.mean @ drift, drift.T @ m.scatter @ drift)
+        mean = m.mean @ drift if mean is None else mean
+        self.moments = ClassMoments(m.count, mean, drift.T @ m.scatter @ drift)
         self._refresh()
 
     def state(self) -> dict[str, Tensor]:

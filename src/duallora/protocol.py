@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 
 from duallora import metrics, report
 from duallora.backbones import Backbone
+from duallora.documents import percent
 from duallora.errors import DualLoRAError
+from duallora.features import FrozenFeatures
 from duallora.learner import ContinualLearner
 from duallora.progress import Progress
 from duallora.results import SCHEMA_VERSION, FinalPass, Row, assemble
@@ -39,6 +41,7 @@ def run_stream(
     device: str = "auto",
     progress: Progress,
     backbone: Backbone | None = None,
+    features: FrozenFeatures | None = None,
 ) -> dict[str, Any]:
     """Learns a stream and writes a run's folder; takes up an unfinished run of the same stream and settings.
 
@@ -51,6 +54,7 @@ def run_stream(
         device: Where a resumed learner computes, as in `ContinualLearner`.
         progress: Takes one line a task.
         backbone: What a resumed learner stands on; where there is none, it is loaded as the model says.
+        features: Features of the bare backbone, for methods that read them; they change no result.
 
     Returns:
         The contents of ``results.json``.
@@ -70,6 +74,7 @@ def run_stream(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         learner, rows = _start(fresh, backbone, directory, stream, device, progress)
+        learner.method.cache = features
         tests = _cached_tests(stream)
         _learn(learner, stream, tests, rows, directory, progress)
         final = _final_pass(learner, tests, directory, progress)
@@ -183,7 +188,7 @@ def _tell(stream: Stream, rows: list[Row], directory: RunDirectory, progress: Pr
     task = len(rows) - 1
     shares = {name: metrics.accuracy(hits) for name, hits in rows[-1].items()}
     directory.log("evaluated", task=task, name=stream.tasks[task].name, accuracy=shares)
-    figures = ", ".join(f"{report.percent(share)} % ({name})" for name, share in shares.items())
+    figures = ", ".join(f"{percent(share)} % ({name})" for name, share in shares.items())
     progress.line(f"after task {task + 1} of {len(stream)}: accuracy on all seen test images {figures}")
 
 

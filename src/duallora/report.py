@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from duallora.documents import escape_cell, markdown_table, percent
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -33,11 +35,6 @@ _FIGURES = (
     ("task_identity_accuracy", "Task identity, task of the largest row"),
     ("calibration_error", "Calibration error, 15 bins"),
 )
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage with one decimal; ``-`` for None."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def accuracy_table(results: dict[str, Any]) -> Table:
@@ -66,7 +63,7 @@ def markdown(results: dict[str, Any], *, plot: bool) -> str:
     names = [task["name"] for task in results["tasks"]]
     picture = "![Accuracy after every task](accuracy.png)" if plot else PLOT_HINT + "."
     parts = [
-        f"# Run on {_escape(stream['name'])}",
+        f"# Run on {escape_cell(stream['name'])}",
         f"{len(names)} tasks, {len(stream['class_order'])} classes, class order {stream['order_seed']}; "
         f"backbone `{backbone['name']}` (sha256 `{backbone['sha256'][:12]}`). The method's own readout is "
         f"**{results['readout']}**. All accuracies in percent, without task labels unless said.",
@@ -167,7 +164,7 @@ def _figures(results: dict[str, Any]) -> str:
     lines = [[title, *(_figure(c[key], key) for c in columns.values())] for key, title in _FIGURES]
     posterior = percent(results["task_posterior_accuracy"])
     lines.append(["Task of largest posterior", *(posterior for _ in columns)])
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _figure(value: float | None, key: str) -> str:
@@ -177,7 +174,7 @@ def _figure(value: float | None, key: str) -> str:
 
 
 def _matrix(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> str:
-    return _table(
+    return markdown_table(
         ["after", *names],
         [
             [name, *("" if c is None else percent(c) for c in row)]
@@ -207,7 +204,7 @@ def _tasks(results: dict[str, Any]) -> str:
                 ),
             ]
         )
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _cost(results: dict[str, Any]) -> str:
@@ -224,7 +221,7 @@ def _number(value: float | None) -> str:
 
 
 def _listing(values: dict[str, Any]) -> str:
-    return "\n".join(f"- {_escape(key)}: `{value}`" for key, value in _flat(values))
+    return "\n".join(f"- {escape_cell(key)}: `{value}`" for key, value in _flat(values))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,12 +230,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in (header, rule, *lines))
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

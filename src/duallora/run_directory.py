@@ -71,7 +71,7 @@ class RunDirectory:
         stored = _read(self.path / _RUN)
         if stored is not None and stored != self._identity:
             raise DualLoRAError(
-                f"{self.path} belongs to another run ({_difference(stored, self._identity)}); name another "
+                f"{self.path} belongs to another run ({difference(stored, self._identity)}); name another "
                 "folder, or repeat the first command to resume it."
             )
 
@@ -193,12 +193,12 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def _difference(stored: Any, asked: Any, name: str = "") -> str:
+def difference(stored: Any, asked: Any, name: str = "") -> str:
     """The first key in which two identities differ, with both values."""
     if isinstance(stored, dict) and isinstance(asked, dict):
         for key in [*asked, *stored]:
             if key not in stored or key not in asked or stored[key] != asked[key]:
-                return _difference(stored.get(key), asked.get(key), f"{name}.{key}" if name else key)
+                return difference(stored.get(key), asked.get(key), f"{name}.{key}" if name else key)
     return f"{name}: {_short(stored)} there, {_short(asked)} asked for"
 
 

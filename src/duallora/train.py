@@ -134,10 +134,10 @@ def learn_task(
     clock = _Clock(fabric.device)
     method.prepare(task, passes("looking at the images"))
     prepared = clock.lap()
-    trained = 0
-    if len(task.classes) > 1:
-        trained = _train(method, task, data, augmentation, fabric, progress)
-    else:
+    trained, groups = 0, method.parameter_groups()
+    if groups and len(task.classes) > 1:
+        trained = _train(method, groups, task, data, augmentation, fabric, progress)
+    elif groups:
         progress.line(
             f"{task.name}: a single class has nothing to tell apart; "
             "its statistics are learned, training is skipped"
@@ -149,6 +149,7 @@ def learn_task(
 
 def _train(
     method: Method,
+    groups: list[dict[str, Any]],
     task: TaskInfo,
     data: TaskDataset,
     augmentation: Augmentation,
@@ -157,7 +158,6 @@ def _train(
 ) -> int:
     """Adam with one cosine to zero over all steps; returns the number of trained parameters."""
     config = method.config
-    groups = method.parameter_groups()
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     adam = torch.optim.Adam(groups)
     steps = config.epochs * math.ceil(len(data) / config.batch_size)

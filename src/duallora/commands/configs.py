@@ -38,11 +38,10 @@ def take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the configurations that come with the package."""
+    """Names of the configurations that come with the package; ``methods/NAME`` are a method's own values."""
     folder = resources.files("duallora") / "configs"
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    found = {f"{inner}{entry.name}" for inner in ("", "methods/") for entry in (folder / inner).iterdir()}
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
 
 
 def read_config(file: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 
 from duallora import metrics
 from duallora.commands import console
+from duallora.documents import percent
 from duallora.errors import CheckFailed
-from duallora.report import percent
 
 if TYPE_CHECKING:
     from duallora.learner import ContinualLearner

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from duallora.commands import console
 from duallora.commands.choice import DEFAULT_METHOD, UNSAID, MethodChoice
 from duallora.commands.ranges import LARGEST_SEED, require_range
+from duallora.commands.setting import Augment, Device, Order, Setting, load_setting
 
 if TYPE_CHECKING:
-    from duallora.backbones import Backbone
     from duallora.progress import Progress
-    from duallora.streams import Stream
 
 
 def run(
@@ -22,16 +20,17 @@ def run(
     stream: str = "digits",
     domains: str | None = None,
     tasks: int | None = None,
-    order: int | Literal["alphabetical"] = 1993,
+    order: Order = 1993,
     classes: int | None = None,
     train_per_class: int | None = None,
     holdout: int = 0,
     method: MethodChoice = UNSAID,
     backbone: str = "embedded",
     backbone_file: Path | None = None,
-    augment: Literal["crop,flip", "crop", "none"] | None = None,
+    augment: Augment | None = None,
     seed: int = 0,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    device: Device = "auto",
+    features: Path | None = None,
 ) -> None:
     """Learn a stream of tasks one after another and write the results: the main job.
 
@@ -53,6 +52,8 @@ def run(
         augment: views of the training images; where it is not given, crop for digits and crop,flip otherwise
         seed: of initialisation, image order and augmentation
         device: where to compute
+        features: file of frozen features of un-augmented images, which compare keeps in its folder; what is
+            missing in it is computed
     """
     require_range("--seed", seed, 0, LARGEST_SEED)
     config = method.config()
@@ -61,58 +62,60 @@ def run(
 
     require_unfinished(out)
 
-    from duallora import streams
-    from duallora.backbones import load_backbone
+    from duallora.features import FrozenFeatures
     from duallora.learner import ContinualLearner
+    from duallora.methods import METHODS
     from duallora.progress import Progress
     from duallora.protocol import run_stream
     from duallora.report import accuracy_table
-    from duallora.train import make_fabric
+    from duallora.streams import all_at_once
 
     progress = Progress()
-    shown = tuple(name.strip() for name in domains.split(",")) if domains is not None else ()
-    options: dict[str, Any] = {
-        "tasks": tasks,
-        "order": order,
-        "classes": classes,
-        "train_per_class": train_per_class,
-        "holdout": holdout,
-        "domains": shown,
-    }
-    loaded = streams.load(stream, **options)
-    policy = augment or loaded.augmentation
-    make_fabric(device)  # a device that is not there is refused before large weights are read
-    weights = load_backbone(backbone, backbone_file)
-    asked = {
-        "method": {"name": method.name or DEFAULT_METHOD, **dataclasses.asdict(config)},
-        **_asked_backbone(backbone, backbone_file, weights),
-        "augment": policy,
-        "seed": seed,
-        **options,
-    }
+    setting = load_setting(
+        stream,
+        domains,
+        tasks,
+        order,
+        classes,
+        train_per_class,
+        holdout,
+        backbone,
+        backbone_file,
+        augment,
+        device,
+    )
+    name = method.name or DEFAULT_METHOD
+    learned = all_at_once(setting.stream) if METHODS[name].method.all_at_once else setting.stream
+    known = None if features is None else FrozenFeatures.load(features)
 
     def learner() -> ContinualLearner:
-        made = ContinualLearner(weights, config, seed, device=device, augment=policy, progress=progress)
+        made = ContinualLearner(
+            setting.backbone, config, seed, device=device, augment=setting.augment, progress=progress
+        )
         if stream != "digits":
-            _check_images(loaded, shown, progress)
+            _check_images(setting, progress)
         return made
 
-    results = run_stream(learner, loaded, out, asked, device=device, progress=progress, backbone=weights)
+    results = run_stream(
+        learner,
+        learned,
+        out,
+        setting.asked(name, config, seed),
+        device=device,
+        progress=progress,
+        backbone=setting.backbone,
+        features=known,
+    )
     console.table(accuracy_table(results))
-    console.final_feature(weights)
+    console.final_feature(setting.backbone)
     console.line(f"report: {out / 'report.md'}")
 
 
-def _asked_backbone(name: str, file: Path | None, weights: Backbone) -> dict[str, Any]:
-    """What tells one backbone from another: other weights under the same name are another run."""
-    file_name = None if file is None else file.name
-    return {"backbone": name, "backbone_file": file_name, "backbone_sha256": weights.info.sha256}
-
-
-def _check_images(stream: Stream, domains: tuple[str, ...], progress: Progress) -> None:
+def _check_images(setting: Setting, progress: Progress) -> None:
     """Decodes every image once, so that a bad one is named before the run has begun."""
+    tasks = setting.stream.tasks
     # All domains show the same images.
-    for task in stream.tasks[:1] if domains else stream.tasks:
+    for task in tasks[:1] if setting.options["domains"] else tasks:
         for part in (task.train, task.test):
             for index in progress.track(range(len(part)), len(part), f"checking the images of {task.name}"):
                 part[index]

@@ -7,7 +7,15 @@ from duallora.streams.domains import DOMAINS, with_domains
 from duallora.streams.folder import BadImagesError, FolderDataset, evaluation_folder, train_and_val
 from duallora.streams.load import load
 from duallora.streams.split import split
-from duallora.streams.task import Stream, Task, TaskDataset, as_task_dataset, check_class_names, hold_back
+from duallora.streams.task import (
+    Stream,
+    Task,
+    TaskDataset,
+    all_at_once,
+    as_task_dataset,
+    check_class_names,
+    hold_back,
+)
 
 __all__ = [
     "DOMAINS",
@@ -17,6 +25,7 @@ __all__ = [
     "Stream",
     "Task",
     "TaskDataset",
+    "all_at_once",
     "as_task_dataset",
     "check_class_names",
     "digits",

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch.utils.data import ConcatDataset
 
 from duallora.errors import DualLoRAError
 from duallora.images import to_pil
-from duallora.streams.task import Change, Picture, Stream, Task, TaskDataset
+from duallora.streams.task import Change, Picture, Stream, Task, concatenated
 
 _MOSAIC = (16, 16)
 _POSTERISED_BITS = 2
@@ -44,7 +43,7 @@ def with_domains(stream: Stream, domains: Sequence[str]) -> Stream:
     train = [task.train for task in stream]
     test = [task.test for task in stream]
     tasks = [
-        Task(d, _merge(train, stream.class_order, DOMAINS[d]), _merge(test, stream.class_order, DOMAINS[d]))
+        Task(d, *(concatenated(part, stream.class_order, DOMAINS[d]) for part in (train, test)))
         for d in domains
     ]
     return replace(stream, name=f"{stream.name} ({', '.join(domains)})", tasks=tuple(tasks))
@@ -95,16 +94,3 @@ DOMAINS: dict[str, Change] = {
     "posterised": posterised,
 }
 """The domains by name; each turns an image into an ``RGB`` image of the same size."""
-
-
-def _merge(parts: Sequence[TaskDataset], class_order: Sequence[str], change: Change) -> TaskDataset:
-    position = {name: i for i, name in enumerate(class_order)}
-    targets = [position[part.classes[target]] for part in parts for target in part.targets]
-    return TaskDataset(
-        ConcatDataset(parts),
-        range(len(targets)),
-        classes=class_order,
-        targets=targets,
-        identifiers=[identifier for part in parts for identifier in part.identifiers],
-        change=change,
-    )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from duallora.errors import DualLoRAError
 
@@ -105,6 +105,33 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+
+def all_at_once(stream: Stream) -> Stream:
+    """The same images as a single task of all classes, for joint training."""
+    if len(stream) == 1:
+        return stream
+    train, test = (
+        concatenated([getattr(task, part) for task in stream], stream.class_order)
+        for part in ("train", "test")
+    )
+    return replace(stream, tasks=(Task("all tasks", train, test),))
+
+
+def concatenated(
+    parts: Sequence[TaskDataset], classes: Sequence[str], change: Change | None = None
+) -> TaskDataset:
+    """The samples of several data sets one after another, their classes found by name in ``classes``."""
+    position = {name: i for i, name in enumerate(classes)}
+    targets = [position[part.classes[target]] for part in parts for target in part.targets]
+    return TaskDataset(
+        ConcatDataset(parts),
+        range(len(targets)),
+        classes=classes,
+        targets=targets,
+        identifiers=[identifier for part in parts for identifier in part.identifiers],
+        change=change,
+    )
 
 
 def as_task_dataset(dataset: Dataset[Any]) -> TaskDataset:

@@ -1,0 +1,134 @@
+"""Prompts reach the frozen backbone here: as extra keys and values of an attention, or as extra tokens.
+
+Both act only inside a ``with`` block; outside of it the backbone computes as if nothing had been put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duallora.adapters.inject import wrap_attention
+from duallora.backbones import Backbone
+
+Prefix = tuple[Tensor, Tensor]  # keys and values (B, L, d), already in the space of projected tokens
+
+
+class PrefixQKV(nn.Module):
+    """A frozen qkv projection whose attention sees L more keys and values while a prefix is set.
+
+    The attention runs on N + L tokens: it projects the N real ones, the others are ``(0, p_k, p_v)`` and
+    what the attention gives for them is cut off. So attention itself is not written again; where it
+    normalises its keys, those of the prefix are normalised with them.
+
+    Args:
+        base: the projection, ``d -> 3 d`` in the order q, k, v.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.prefix: Prefix | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d) -> (B, N, 3 d); with a prefix the last L of the N + L tokens are its own."""
+        if self.prefix is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        keys, values = self.prefix
+        real = self.base(x[:, : -keys.shape[1]])
+        extra = torch.cat([torch.zeros_like(keys), keys, values], -1)
+        return torch.cat([real, extra.to(real.dtype)], 1)
+
+    def lengthen(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before the attention: appends the L tokens."""
+        x, *rest = args
+        return args if self.prefix is None else (F.pad(x, (0, 0, 0, self.prefix[0].shape[1])), *rest)
+
+    def shorten(self, _: nn.Module, __: tuple[Any, ...], y: Tensor) -> Tensor:
+        """After the attention: cuts them off."""
+        return y if self.prefix is None else y[:, : -self.prefix[0].shape[1]]
+
+
+def put_prefixes(backbone: Backbone, layers: Sequence[int]) -> dict[int, PrefixQKV]:
+    """Makes the attention of each layer ready for prefixes; returns the wrapped projections by layer."""
+    wrappers = wrap_attention(backbone, layers, PrefixQKV)
+    for layer, wrapper in wrappers.items():
+        backbone.attention(layer).register_forward_pre_hook(wrapper.lengthen)
+        backbone.attention(layer).register_forward_hook(wrapper.shorten)
+    return wrappers
+
+
+@contextmanager
+def prefixed(wrappers: Mapping[int, PrefixQKV], prefixes: Mapping[int, Prefix]) -> Iterator[None]:
+    """Inside, the layers of ``prefixes`` attend to them; lengths are above 0."""
+    for layer, prefix in prefixes.items():
+        wrappers[layer].prefix = prefix
+    try:
+        yield
+    finally:
+        for layer in prefixes:
+            wrappers[layer].prefix = None
+
+
+class ExtraTokens:
+    """More tokens at the input of the first block; the backbone's own pooling never sees them.
+
+    Args:
+        backbone: its first and last block are hooked.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._given: Tensor | None = None
+        self._outputs: list[Tensor] = []
+        blocks = list(backbone.model.blocks.children())
+        blocks[0].register_forward_pre_hook(self._append)
+        blocks[-1].register_forward_hook(self._cut)
+
+    def feature(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """One pass of the backbone with more tokens.
+
+        Args:
+            images: (B, 3, H, W).
+            tokens: (B, L, d), after position embeddings.
+
+        Returns:
+            The mean of the tokens' outputs after the backbone's final norms (B, d).
+        """
+        self._given = tokens
+        try:
+            self.backbone(images)
+            model = self.backbone.model
+            # Where the final norm stands after the pooling, it does so here.
+            feature: Tensor = model.fc_norm(model.norm(self._outputs.pop()).mean(1))
+            return feature
+        finally:
+            self._given = None
+            self._outputs.clear()
+
+    def _append(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = args
+        return args if self._given is None else (torch.cat([x, self._given.to(x.dtype)], 1), *rest)
+
+    def _cut(self, _: nn.Module, __: tuple[Any, ...], y: Tensor) -> Tensor:
+        if self._given is None:
+            return y
+        length = self._given.shape[1]
+        self._outputs.append(y[:, -length:])
+        return y[:, :-length]
+
+
+def uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    """Prompts or keys drawn from U(-1, 1)."""
+    return torch.empty(shape).uniform_(-1, 1, generator=generator)
+
+
+def halves(prompt: Tensor) -> Prefix:
+    """A prompt (B, L, d) as keys (its first half) and values."""
+    keys, values = prompt.chunk(2, 1)
+    return keys, values

@@ -1,0 +1,96 @@
+"""The lines of a comparison: methods by name, and named variants of them, with the fields that each gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duallora.commands.choice import TRAINING_FIELDS
+from duallora.commands.configs import read_config, shipped_configs
+from duallora.commands.mistakes import nearest
+from duallora.errors import DualLoRAError
+
+if TYPE_CHECKING:
+    from duallora.methods import MethodConfig
+
+# What --same-budget takes away from a line's own values: how long it trains, how fast, and how large it is.
+BUDGET_FIELDS = TRAINING_FIELDS | {"rank", "residual_rank", "first_adapted_layer"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a comparison.
+
+    Attributes:
+        name: As it was asked for; also the name of its runs.
+        method: The method's registered name.
+        config: Its fields.
+    """
+
+    name: str
+    method: str
+    config: MethodConfig
+
+
+def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: bool) -> list[Line]:
+    """Finds each line's method and fields.
+
+    Args:
+        names: A method, a shipped configuration ``methods/NAME`` by its NAME, or a path to a YAML file.
+        shared: Fields for every line that has them. A line's own values win; with ``same_budget``, the shared
+            ones do.
+        same_budget: Leave out the `BUDGET_FIELDS` of the lines' own values.
+
+    Raises:
+        DualLoRAError: An unknown line, two of one name, a field that no line has, or a value refused.
+    """
+    from duallora.methods import METHODS
+
+    lines = []
+    for asked in names:
+        name, own = _own_values(asked, list(METHODS))
+        method = own.pop("name", name)
+        if method not in METHODS:
+            raise DualLoRAError(f"{asked} names the method {method}{nearest(str(method), list(METHODS))}")
+        known = METHODS[method].config.__dataclass_fields__
+        unknown = [field for field in own if field not in known]
+        if unknown:
+            raise DualLoRAError(f"{asked}: the method {method} has no field {unknown[0]}.")
+        common = {field: value for field, value in shared.items() if field in known}
+        if same_budget:
+            kept = {field: value for field, value in own.items() if field not in BUDGET_FIELDS}
+            fields = kept | common
+        else:
+            fields = common | own
+        lines.append(Line(name, method, METHODS[method].config(**fields)))
+    _check(lines, shared)
+    return lines
+
+
+def _own_values(asked: str, methods: list[str]) -> tuple[str, dict[str, Any]]:
+    """A line's name and what its YAML file says of the method."""
+    path = Path(asked)
+    if path.suffix in (".yaml", ".yml"):
+        values = read_config(asked).get("method")
+        if not isinstance(values, dict) or "name" not in values:
+            raise DualLoRAError(f"{asked} names no method: write 'method:' and under it 'name: NAME'.")
+        return path.stem, dict(values)
+    shipped = f"methods/{asked}"
+    if shipped in shipped_configs():
+        return asked, dict(read_config(shipped)["method"])
+    if asked in methods:
+        return asked, {}
+    variants = [name.removeprefix("methods/") for name in shipped_configs() if name.startswith("methods/")]
+    raise DualLoRAError(f"there is no method {asked}{nearest(asked, sorted({*methods, *variants}))}")
+
+
+def _check(lines: Sequence[Line], shared: Mapping[str, Any]) -> None:
+    names = [line.name for line in lines]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DualLoRAError(f"--methods names {twice} twice; a variant needs a YAML file of another name.")
+    for field in shared:
+        if not any(hasattr(line.config, field) for line in lines):
+            raise DualLoRAError(f"none of the methods has the field {field} (--method.{field}).")

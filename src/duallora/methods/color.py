@@ -1,0 +1,181 @@
+"""CoLoR: a LoRA and a head per task; an image's task is that of the nearest centre of frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duallora.adapters.beside import LowRank
+from duallora.backbones import Backbone
+from duallora.heads import within_tasks
+from duallora.methods.base import Batch, Loader, Method, Readout, TaskInfo
+from duallora.methods.config import MethodConfig
+
+# Added to the logs of tasks not chosen: nothing in a sum, and yet it leaves their classes apart in fp32.
+_OTHER_TASK = -50.0
+
+
+@dataclass(frozen=True)
+class CoLoRConfig(MethodConfig):
+    """Fields of CoLoR.
+
+    Attributes:
+        rank: r, rank of each task's adapter.
+        centres: k-means centres of a task, at most as many as it has different images; null is twice its
+            classes (class-incremental), the paper's domain-incremental streams have 5.
+        projections: which of q, k and v are adapted.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+    """
+
+    rank: int = 20
+    centres: int | None = None
+    projections: Literal["qv", "kv", "qkv"] = "qv"
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+
+
+class PerTask(nn.Module):
+    """One low-rank pair a task, of which none, one or a different one per image acts.
+
+    Args:
+        dim: d.
+        out: columns written.
+
+    Attributes:
+        active: the acting task; (B,) one for each image; None for none.
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.dim, self.out = dim, out
+        self.pairs = nn.ModuleList()
+        self.active: int | Tensor | None = None
+
+    def open(self, rank: int, generator: torch.Generator, device: torch.device) -> None:
+        """Adds the pair of a new task and freezes the others."""
+        self.requires_grad_(False)
+        self.pairs.append(LowRank(self.dim, self.out, rank, generator).to(device))
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(B, N, d) -> (B, N, out)."""
+        if self.active is None:
+            return None
+        if isinstance(self.active, int):
+            one: Tensor = self.pairs[self.active](x)
+            return one
+        a, b = (torch.stack([getattr(pair, name) for pair in self.pairs])[self.active] for name in "ab")
+        return torch.bmm(torch.bmm(x, a), b)
+
+
+class CoLoR(Method):
+    """``y = x (W_0 + A_s B_s)``, s the task of the k-means centre nearest to the bare backbone's feature."""
+
+    paper = "CoLoR, Wistuba et al. 2023 (2311.17601)"
+    stores = "A and B per task, k-means centres, heads, class rows"
+    reconstruction = True
+    forward_passes = 2
+    config: CoLoRConfig
+
+    def __init__(self, backbone: Backbone, config: CoLoRConfig, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        self.attach(config.first_adapted_layer, config.projections, PerTask)
+        self.updates = [update for update in self.adapters.values() if isinstance(update, PerTask)]
+        self.centres = torch.zeros(0, backbone.feature_dim, device=self.device)
+        self.centre_task = torch.zeros(0, dtype=torch.long, device=self.device)
+        self._chosen: Tensor | None = None  # only while logits() runs
+
+    def grow(self, task: int) -> None:
+        """A pair in every adapted layer."""
+        generator = self.generator(task, purpose=1)
+        for update in self.updates:
+            update.open(self.config.rank, generator, self.device)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy over the current classes, with the current task's LoRA for every image."""
+        with self.autocast(), self.acting(len(self.heads.tasks) - 1):
+            features = self.backbone(batch.images).float()
+        return F.cross_entropy(self.heads.current(features), batch.labels)
+
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """Centres of the task's frozen features, then the rows, each image with the LoRA it would get."""
+        features = torch.cat([self._query(batch.images) for batch in loader()])
+        wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
+        seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
+        found = _centres(features, wanted, seed).to(self.device)
+        self.centres = torch.cat([self.centres, found])
+        self.centre_task = torch.cat([self.centre_task, self.centre_task.new_full((len(found),), task.index)])
+        super().consolidate(task, loader)
+
+    def choose(self, images: Tensor) -> Tensor:
+        """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
+        # Without products: these take another path for larger batches, and near a tie another task.
+        mode = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(self._query(images), self.centres, compute_mode=mode)
+        return self.centre_task[distance.argmin(1)]
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features (n, d), each image with the LoRA of its chosen task."""
+        with self.acting(self.choose(images) if self._chosen is None else self._chosen):
+            features: Tensor = self.backbone(images)
+        return features
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Readout:
+        """Readouts of a batch; features and heads go by one choice of task."""
+        self._chosen = self.choose(images)
+        try:
+            return super().logits(images)
+        finally:
+            self._chosen = None
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Log-probabilities inside each task (n, R); rows of the tasks that were not chosen are far below."""
+        row_task = self.rows.task.to(features.device)
+        rows = within_tasks(super().head_logits(features), row_task, len(self.heads.tasks))
+        if self._chosen is None:
+            return rows
+        return rows + _OTHER_TASK * (row_task != self._chosen[:, None])
+
+    @contextmanager
+    def acting(self, tasks: int | Tensor) -> Iterator[None]:
+        """The LoRA of one task, or of one per image, acts inside this context alone."""
+        try:
+            for update in self.updates:
+                update.active = tasks
+            yield
+        finally:
+            for update in self.updates:
+                update.active = None
+
+    def _query(self, images: Tensor) -> Tensor:
+        """Frozen features (n, d), in fp32 also under autocast: the choice has to be that of inference."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.frozen_features(images)
+
+    def state(self) -> dict[str, Tensor]:
+        """As every method, and the centres (K, d) with their tasks (K,)."""
+        return super().state() | {"centres": self.centres, "centre_task": self.centre_task}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        super().load_state(tensors)
+        self.centres = tensors["centres"].to(self.device)
+        self.centre_task = tensors["centre_task"].to(self.device)
+
+
+def _centres(features: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` k-means centres (K, d) of features (n, d), but no more than there are different features."""
+    from sklearn.cluster import KMeans  # here, because it takes a second that no other method needs
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    x = features.cpu().double()
+    kmeans = KMeans(min(count, len(x.unique(dim=0))), n_init=10, random_state=seed)
+    with threadpool_limits(limits=1):  # threads would add up a centre in the order in which they finish
+        return torch.from_numpy(kmeans.fit(x.numpy()).cluster_centers_).float()

@@ -1,0 +1,134 @@
+"""InfLoRA: a down-projection designed inside the complement of what earlier tasks use; the rest is trained.
+
+"InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning" (CVPR 2024, arXiv 2404.00228). Row
+vectors: the paper's ``W + A_t B_t`` acts on columns, so its dimensionality reduction ``B_t`` is ``D_t^T``
+here and its trained ``A_t`` is ``U_t^T``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from duallora.adapters.dual_gpm import DualGPM
+from duallora.adapters.inject import wrap_attention
+from duallora.adapters.lora import AdaptedQKV
+from duallora.adapters.moments import Moment, TokenReader, gather_moments
+from duallora.adapters.subspace import energy_share
+from duallora.backbones import Backbone
+from duallora.errors import DualLoRAError
+from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
+from duallora.methods.config import MethodConfig
+from duallora.relevance import part
+
+
+@dataclass(frozen=True)
+class InfLoRAConfig(MethodConfig):
+    """Fields of InfLoRA.
+
+    Attributes:
+        rank: r, columns of the designed down-projection.
+        lamb: eps of the first task, share of the squared eigenvalues that is protected; it grows with the
+            tasks, see ``energy_share``.
+        projections: which of q, k and v are adapted; they share a down-projection.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: Adam's learning rate of the up-projection, cosine to zero.
+    """
+
+    rank: int = 20
+    lamb: float = 0.98
+    projections: Literal["kv", "qv", "qkv"] = "kv"
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        """Refuses a share that is none.
+
+        Raises:
+            DualLoRAError: naming the field.
+        """
+        super().__post_init__()
+        if not 0 < self.lamb <= 1:
+            raise DualLoRAError(f"lamb must lie in (0, 1], not {self.lamb}.")
+
+
+class InfLoRA(Method):
+    """``y = x (W_0 + sum_{j<t} D_j U_j) + (x D_t) U_t``; ``U_t`` alone is trained, from zero."""
+
+    paper = "InfLoRA 2024 (2404.00228)"
+    stores = "sum of D_j U_j, one basis a layer (at most d/2 columns), heads, class rows"
+    config: InfLoRAConfig
+
+    def __init__(self, backbone: Backbone, config: InfLoRAConfig, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        layers, group = adapted_layers(backbone, config.first_adapted_layer), config.projections
+        self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [group]))
+        self.adapters = nn.ModuleDict({str(layer): m.groups[group] for layer, m in self.adapted.items()})
+        self.memory = {layer: DualGPM(module.dim) for layer, module in self.adapted.items()}
+        self.reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
+
+    def prepare(self, task: TaskInfo, loader: Loader) -> None:
+        """A pass with the model as the last task left it designs ``D_t``; a single class trains nothing."""
+        super().prepare(task, loader)
+        group = self.config.projections
+        if len(task.classes) == 1 or not self.config.rank:
+            return
+        with self._moments() as moments, torch.no_grad(), self.autocast():
+            for batch in loader():
+                self.backbone.project(batch.images, max(self.adapted))
+        for layer, memory in self.memory.items():
+            d = memory.design(moments[layer, group].value, self.config.rank).float().to(self.device)
+            if not d.shape[1]:
+                warnings.warn(
+                    f"layer {layer}: no direction is left outside the earlier tasks' subspace; nothing is "
+                    f"learned there in {task.name!r}. A lower lamb leaves more room.",
+                    stacklevel=2,
+                )
+            self.adapted[layer].groups[group].begin(task.index, d, d[:, :0])
+
+    @torch.no_grad()
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """Merges ``D_t U_t``; one pass with it for the rows and for the directions that the task uses."""
+        norms, group = [], self.config.projections
+        for module in self.adapted.values():
+            d, u = module.groups[group].a, module.groups[group].b
+            change = 0.0 if d is None or u is None else float((d @ u).norm())
+            norms.append(change / float(module.frozen_weight(group).norm()))
+            module.merge()
+        self.orthogonal_norm = sum(norms) / len(norms)
+        with self._moments() as moments:
+            features, labels = self.observe(loader)
+        share = energy_share(self.config.lamb, task.index)
+        for layer, memory in self.memory.items():
+            memory.grow(moments[layer, group].value, share)
+        self.remember(task, features, labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """Merged updates, and per layer the basis and which of the two it is."""
+        tensors = super().state()
+        for layer, memory in self.memory.items():
+            adapter = self.adapted[layer].groups[self.config.projections]
+            tensors |= {f"layers.{layer}.{name}": x for name, x in adapter.state().items()}
+            tensors[f"layers.{layer}.basis"] = memory.basis
+            tensors[f"layers.{layer}.retain"] = torch.tensor(int(memory.retain))
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        super().load_state(tensors)
+        for layer, memory in self.memory.items():
+            own, module = part(tensors, f"layers.{layer}"), self.adapted[layer]
+            memory.basis, memory.retain = own["basis"].cpu(), bool(own["retain"])
+            update = {name: x.to(self.device) for name, x in own.items()}
+            module.groups[self.config.projections].load_state(update)
+            module.refresh()
+
+    def _moments(self) -> AbstractContextManager[dict[tuple[int, str], Moment]]:
+        """Sums the moments of what enters the adapted projections while passes run inside the context."""
+        attentions = {layer: self.backbone.attention(layer) for layer in self.adapted}
+        return gather_moments(self.adapted, attentions, self.reader, "tokens")

@@ -1,0 +1,102 @@
+"""RanPAC: ridge regression on random features of a backbone that at most the first task adapts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from duallora.adapters.beside import LowRank
+from duallora.backbones import Backbone
+from duallora.class_model import RandomFeatureModel
+from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.config import MethodConfig
+from duallora.relevance import part
+
+
+@dataclass(frozen=True)
+class RanPACConfig(MethodConfig):
+    """Fields of RanPAC; ``random_features`` and ``ridge`` of every method are those of its classifier.
+
+    Attributes:
+        first_session: train a LoRA in the first task and keep it; without, nothing is trained at all and the
+            fields below, ``epochs``, ``batch_size`` and ``head_learning_rate`` have no effect.
+        rank: rank of that LoRA.
+        projections: which of q, k and v it adapts.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+    """
+
+    first_session: bool = False
+    rank: int = 20
+    projections: Literal["kv", "qv", "qkv"] = "kv"
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+
+
+class RanPAC(Method):
+    """``logits = log softmax(kappa relu(f P) (G + l I)^-1 Q)`` with G and Q added up over all tasks."""
+
+    paper = "RanPAC: McDonnell et al. 2023 (2307.02251)"
+    stores = "sums G and Q of random features, class rows"
+    config: RanPACConfig
+
+    def __init__(self, backbone: Backbone, config: RanPACConfig, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        # With class_model="random_features" the class model of the calibration is the same model: once.
+        self.ridge = self.random or RandomFeatureModel(
+            backbone.feature_dim, config.random_features, config.ridge, seed, self.device
+        )
+        if config.first_session:
+            generator = self.generator(0, purpose=1)
+            self.attach(
+                config.first_adapted_layer,
+                config.projections,
+                lambda dim, out: LowRank(dim, out, config.rank, generator),
+            )
+
+    def grow(self, task: int) -> None:
+        """The adapter is frozen from the second task on."""
+        if task > 0:
+            self.adapters.requires_grad_(False)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Adapter and head in a first session, else nothing."""
+        first = self.config.first_session and len(self.heads.tasks) == 1
+        return super().parameter_groups() if first else []
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of the backbone as the first session left it; of the bare one without."""
+        return super().extract(images) if self.beside else self.frozen_features(images)
+
+    @torch.no_grad()
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass: G and Q grow, the ridge is chosen anew; the head of a first session is dropped."""
+        super().consolidate(task, loader)
+        # Kept only as the shape of the task; what was trained here has no part in the answer.
+        self.heads.tasks[task.index].requires_grad_(False)
+        for parameter in self.heads.tasks[task.index].parameters():
+            parameter.zero_()
+
+    def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
+        """Rows of the calibration, then the ridge regression."""
+        super().remember(task, features, labels)
+        if self.ridge is not self.random:
+            self.ridge.add(task.index, features, labels, len(task.classes))
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Log-posterior over rows (n, R) of the ridge regression."""
+        return self.ridge.log_q(features)
+
+    def state(self) -> dict[str, Tensor]:
+        """With the classifier's projection, sums and solution."""
+        own = {} if self.ridge is self.random else self.ridge.state()
+        return super().state() | {f"ridge.{name}": x for name, x in own.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        super().load_state(tensors)
+        if self.ridge is not self.random:
+            self.ridge.load_state(part(tensors, "ridge"))

@@ -1,0 +1,113 @@
+"""SLCA: the whole backbone trained slowly, the heads aligned afterwards on Gaussians of all classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duallora.backbones import Backbone
+from duallora.gaussians import Gaussians, refit
+from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.config import MethodConfig
+from duallora.relevance import part
+
+
+@dataclass(frozen=True)
+class SLCAConfig(MethodConfig):
+    """Fields of SLCA.
+
+    Attributes:
+        backbone_rate: learning rate of the backbone over ``head_learning_rate``.
+        logit_norm: logits are divided by their norm times this in the alignment.
+        samples: features drawn of every row and epoch of the alignment.
+        refit_epochs: epochs of the alignment.
+        refit_learning_rate: learning rate of the alignment (SGD, momentum 0.9), cosine to zero.
+    """
+
+    backbone_rate: float = 0.01
+    logit_norm: float = 0.1
+    samples: int = 256
+    refit_epochs: int = 5
+    refit_learning_rate: float = 1e-2
+
+
+class SLCA(Method):
+    """A trained copy of every parameter of the backbone, which itself stays as it is."""
+
+    paper = "SLCA: Zhang et al. 2023 (2303.05118)"
+    stores = "the whole backbone, heads, a mean and covariance per class"
+    config: SLCAConfig
+
+    def __init__(self, backbone: Backbone, config: SLCAConfig, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        # A module's parameters cannot have dots in their names.
+        copies = {name.replace(".", "/"): p.detach().clone() for name, p in backbone.named_parameters()}
+        self.adapters["backbone"] = nn.ParameterDict(copies)
+        self.gaussians = Gaussians(backbone.feature_dim)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of the backbone with the trained parameters in the place of its own."""
+        copies = {name.replace("/", "."): p for name, p in self.adapters["backbone"].items()}  # type: ignore[operator]
+        features: Tensor = torch.func.functional_call(self.backbone, copies, (images,))
+        return features
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The current head, and the backbone at a fraction of its rate."""
+        rate = self.config.head_learning_rate
+        return [
+            {"params": list(self.heads.tasks[-1].parameters()), "lr": rate},
+            {"params": list(self.adapters.parameters()), "lr": rate * self.config.backbone_rate},
+        ]
+
+    def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
+        """Rows of the calibration, then the Gaussians."""
+        super().remember(task, features, labels)
+        self.gaussians.add(features, labels, len(task.classes))
+
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass over the task's images; from the second task on all heads are aligned."""
+        super().consolidate(task, loader)
+        if task.index == 0:
+            return
+        age = (self.rows.task + 1) / (task.index + 1)  # (R,), 1 for the rows of this task
+        refit(
+            self.heads,
+            self.gaussians.mean * (0.9 + 0.1 * age)[:, None],
+            self.gaussians.factors(1e-4),
+            partial(
+                normalised_cross_entropy, task=self.rows.task.to(self.device), norm=self.config.logit_norm
+            ),
+            partial(torch.optim.SGD, lr=self.config.refit_learning_rate, momentum=0.9, weight_decay=5e-4),
+            self.config.samples,
+            self.config.refit_epochs,
+            self.config.samples,
+            self.generator(task.index, purpose=1),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """With the Gaussians."""
+        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        super().load_state(tensors)
+        self.gaussians.load_state(part(tensors, "gaussians"))
+
+
+def normalised_cross_entropy(logits: Tensor, rows: Tensor, task: Tensor, norm: float) -> Tensor:
+    """Cross-entropy of ``logits / (norm * mean over tasks of |logits of the task|)``.
+
+    Args:
+        logits: (n, R).
+        rows: the right ones (n,).
+        task: of every row (R,).
+        norm: ``logit_norm``.
+    """
+    squares = logits.new_zeros(len(logits), int(task.max()) + 1).index_add(1, task, logits.square())
+    size = (squares + 1e-14).sqrt().mean(1, keepdim=True)  # a root of 0 has no gradient
+    return F.cross_entropy(logits / size / norm, rows)

@@ -1,0 +1,157 @@
+"""SLDC: sequential LoRA with distillation; rows follow the drift of the features, heads are refitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duallora.adapters.beside import LowRank
+from duallora.backbones import Backbone
+from duallora.drift import linear_map, weakly_nonlinear_map
+from duallora.gaussians import Gaussians, refit
+from duallora.methods.base import Batch, Loader, Method, TaskInfo
+from duallora.methods.config import MethodConfig
+from duallora.relevance import part
+
+
+@dataclass(frozen=True)
+class SLDCConfig(MethodConfig):
+    """Fields of SLDC.
+
+    Attributes:
+        rank: r, rank of the one adapter that all tasks train.
+        projections: which of q, k and v are adapted.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        gamma_kd: weight of the distance to the features of the model before the task.
+        gamma_norm: weight of the distance to their norms.
+        drift: how rows of earlier tasks follow the features: by a weakly nonlinear map, a linear one, or not.
+        alpha: ``linear`` is blended with the identity by ``exp(-n / (alpha d))``, n images.
+        drift_steps: Adam steps of the ``nonlinear`` map.
+        samples: features drawn of every row and epoch to refit the heads.
+        refit_epochs: epochs of the refit.
+        refit_learning_rate: Adam's learning rate of the refit, cosine to zero.
+    """
+
+    rank: int = 20
+    projections: Literal["kv", "qv", "qkv"] = "kv"
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+    gamma_kd: float = 1.0
+    gamma_norm: float = 0.1
+    drift: Literal["nonlinear", "linear", "none"] = "nonlinear"
+    alpha: float = 1.0
+    drift_steps: int = 2000
+    samples: int = 1024
+    refit_epochs: int = 6
+    refit_learning_rate: float = 5e-4
+
+
+class SLDC(Method):
+    """``y = x W_0 + (x A) B`` trained in every task; Gaussians of old classes are moved, not protected."""
+
+    paper = "SLDC: Rao et al. 2025 (2511.09926)"
+    stores = "one A and B, heads, a mean and covariance per class"
+    config: SLDCConfig
+
+    def __init__(self, backbone: Backbone, config: SLDCConfig, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        generator = self.generator(0, purpose=1)
+        self.attach(
+            config.first_adapted_layer,
+            config.projections,
+            lambda dim, out: LowRank(dim, out, config.rank, generator),
+        )
+        self.gaussians = Gaussians(backbone.feature_dim)
+        self._teacher: list[Tensor | None] = []  # merged weights before the task, while it is learned
+        self._start: Tensor | None = None  # features of the task's images with them
+
+    def prepare(self, task: TaskInfo, loader: Loader) -> None:
+        """Keeps the model before the task, and what it makes of the task's images, until the task's end."""
+        if task.index > 0 and len(task.classes) > 1:  # a single class is not trained: nothing will drift
+            self._teacher = [wrapper.effective for wrapper in self.beside.values()]
+            if self.config.drift != "none":
+                self._start = self.observe(loader)[0]
+        super().prepare(task, loader)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Symmetric cross-entropy on the current head; from the second task on with distillation."""
+        f = self.features(batch.images)
+        loss = symmetric_cross_entropy(self.heads.current(f), batch.labels)
+        if not self._teacher:
+            return loss
+        before = self._before_features(batch.images)
+        norms = F.mse_loss(f.norm(dim=1), before.norm(dim=1))
+        return loss + self.config.gamma_kd * F.mse_loss(f, before) + self.config.gamma_norm * norms
+
+    @torch.no_grad()
+    def _before_features(self, images: Tensor) -> Tensor:
+        """Features of the model before the task (n, d)."""
+        for wrapper, weight in zip(self.beside.values(), self._teacher, strict=True):
+            wrapper.effective = weight
+        try:
+            return self.features(images)
+        finally:
+            for wrapper in self.beside.values():
+                wrapper.separate()
+
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass: rows of earlier tasks are moved, the task's are added, all heads are refitted."""
+        self.merge()
+        features, labels = self.observe(loader)
+        if self._start is not None:
+            self._follow(self._drift(task, self._start, features))
+        self._teacher, self._start = [], None
+        self.remember(task, features, labels)
+        self.gaussians.add(features, labels, len(task.classes))
+        refit(
+            self.heads,
+            self.gaussians.mean,
+            self.gaussians.factors(1e-2),
+            symmetric_cross_entropy,
+            partial(torch.optim.Adam, lr=self.config.refit_learning_rate, weight_decay=1e-4),
+            self.config.samples,
+            self.config.refit_epochs,
+            4 * len(self.gaussians.mean),
+            self.generator(task.index, purpose=3),
+        )
+
+    def _drift(self, task: TaskInfo, before: Tensor, after: Tensor) -> nn.Module:
+        """The map of ``drift`` from the task's features (n, d) before training to those after it."""
+        if self.config.drift == "linear":
+            return linear_map(before, after, self.config.alpha)
+        return weakly_nonlinear_map(
+            before, after, self.config.drift_steps, self.generator(task.index, purpose=2)
+        )
+
+    def _follow(self, drift: nn.Module) -> None:
+        """Moves means by the map, covariances by its Jacobians there, the pooled one by their mean."""
+        mean, count = self.rows.moments.mean, self.rows.moments.count
+        point = mean.float().to(self.device)
+        jacobian = torch.func.vmap(torch.func.jacrev(drift), chunk_size=16)(point).cpu().double()
+        with torch.no_grad():
+            moved = drift(point).cpu()
+        self.gaussians.move(moved, jacobian)
+        pooled = (jacobian * (count / count.sum())[:, None, None]).sum(0)
+        self.rows.move(pooled.T, moved.double())
+
+    def state(self) -> dict[str, Tensor]:
+        """With the Gaussians."""
+        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        super().load_state(tensors)
+        self.gaussians.load_state(part(tensors, "gaussians"))
+
+
+def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Half ``-log p(c)`` and half ``-log(1e-4) (1 - p(c))``, cross-entropy with the roles exchanged."""
+    own = logits.log_softmax(1).gather(1, labels[:, None])
+    return (-own - math.log(1e-4) * (1 - own.exp())).mean() / 2

@@ -1,0 +1,58 @@
+"""A ViT's forward pass with prompts, written out in fp64 around timm's weights, to compare with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from duallora.backbones import Backbone
+
+
+def written_attention(attention: nn.Module, x: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Softmax attention of tokens x (B, N, d) over themselves and a prefix, image by image, head by head."""
+    width = attention.num_heads * attention.head_dim
+    result = []
+    for i, tokens in enumerate(x):
+        q, k, v = attention.qkv(tokens).split(width, -1)
+        if prefix is not None:  # before the tokens, as in the released code
+            k, v = torch.cat([prefix[0][i], k]), torch.cat([prefix[1][i], v])
+        heads = []
+        for h in range(attention.num_heads):
+            part = slice(h * attention.head_dim, (h + 1) * attention.head_dim)
+            qh, kh = attention.q_norm(q[:, part]), attention.k_norm(k[:, part])
+            heads.append((qh @ kh.T / attention.head_dim**0.5).softmax(-1) @ v[:, part])
+        result.append(attention.proj(attention.norm(torch.cat(heads, -1))))
+    return torch.stack(result)
+
+
+def written_feature(
+    backbone: Backbone,
+    images: Tensor,
+    prefixes: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """Final features in fp64; ``backbone`` is a fresh one that nothing has been put into.
+
+    Args:
+        backbone: stays as it is.
+        images: (B, 3, H, W).
+        prefixes: keys and values (B, L, d) by layer.
+        tokens: (B, L, d) beside the input of the first block; the feature is the mean of their outputs then.
+    """
+    assert not backbone.plain_qkv and not any(m._forward_pre_hooks for m in backbone.modules())
+    model = copy.deepcopy(backbone.model).double()
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images.double())))
+    count = x.shape[1]
+    if tokens is not None:
+        x = torch.cat([x, tokens.double()], 1)
+    for layer, block in enumerate(model.blocks):
+        found = (prefixes or {}).get(layer)
+        prefix = None if found is None else (found[0].double(), found[1].double())
+        x = x + block.ls1(written_attention(block.attn, block.norm1(x), prefix))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    if tokens is not None:
+        return model.fc_norm(model.norm(x[:, count:]).mean(1))
+    return model.forward_head(model.norm(x), pre_logits=True)
