@@ -47,7 +47,8 @@ class WeaklyNonlinear(nn.Module):
         """H on unit vectors: (..., d) -> (..., d)."""
         p = self.mix.softmax(0)
         hidden = (u @ self.inner + self.inner_bias).relu()
-        return p[0] * u + p[1] * (u @ self.linear) + p[2] * (hidden @ self.outer + self.outer_bias)
+        h: Tensor = p[0] * u + p[1] * (u @ self.linear) + p[2] * (hidden @ self.outer + self.outer_bias)
+        return h
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""

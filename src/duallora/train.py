@@ -179,6 +179,7 @@ def _train(
                 f"training of {task.name!r} diverged in epoch {epoch + 1}; lower the learning rates "
                 "(--method.learning_rate, --method.head_learning_rate)."
             )
+    optimizer.zero_grad()  # gradients would stay as long as their parameters
     return sum(p.numel() for p in trained)
 
 
