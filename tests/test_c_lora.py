@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora import ContinualLearner
-from duallora.methods import Batch, RoutedLoRA
+from duallora.methods import Batch
+from duallora.methods.c_lora import RoutedLoRA
 from small_tasks import Patterns, assert_same_state, new_learner, small_config, three_tasks
 from tiny import FAMILIES, tiny_backbone, tiny_images
 

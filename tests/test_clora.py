@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora import ContinualLearner, DualLoRAError
-from duallora.methods import Batch, SharedLoRA, SharedLoRAConfig
-from duallora.methods.clora import Bases, Combined
+from duallora.methods import Batch
+from duallora.methods.clora import Bases, Combined, SharedLoRA, SharedLoRAConfig
 from small_tasks import assert_same_state, new_learner, reloaded, small_config, three_tasks
 from tiny import FAMILIES, tiny_backbone, tiny_images
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from duallora import ContinualLearner, DualLoRAError
 from duallora.features import FrozenFeatures
-from duallora.methods import Batch, CoLoR, CoLoRConfig
+from duallora.methods import Batch
+from duallora.methods.color import CoLoR, CoLoRConfig
 from small_tasks import Patterns, assert_same_outputs, new_learner, reloaded, small_config, three_tasks
 from tiny import FAMILIES, tiny_backbone, tiny_images
 

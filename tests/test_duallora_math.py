@@ -16,7 +16,8 @@ from duallora import streams
 from duallora.adapters.lora import AdaptedQKV, DualAdapter
 from duallora.backbones import Backbone, load_backbone
 from duallora.memory import ClassMoments, RowMemory
-from duallora.methods import Batch, DualLoRA, DualLoRAConfig, TaskInfo
+from duallora.methods import Batch, TaskInfo
+from duallora.methods.duallora import DualLoRA, DualLoRAConfig
 from duallora.transforms import evaluation_transform
 from tiny import FAMILIES, tiny_backbone, tiny_images
 

@@ -149,7 +149,7 @@ class Watched:
         def watched_merge(adapter: DualAdapter) -> None:
             assert adapter.a is not None and adapter.b is not None
             assert torch.equal(adapter.a, self.opened[-1][0]), "the down-projection is not trained"
-            assert adapter.a.grad is None and adapter.b.grad is not None
+            assert not adapter.a.requires_grad and adapter.b.requires_grad
             self.changes.append((adapter.a @ adapter.b).detach())
             merge(adapter)
 

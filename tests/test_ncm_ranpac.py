@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from duallora import METHODS, ContinualLearner
-from duallora.methods import NCM, RanPAC
+from duallora.methods.ncm import NCM
+from duallora.methods.ranpac import RanPAC
 from duallora.progress import Progress
 from small_tasks import (
     Patterns,

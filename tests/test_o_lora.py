@@ -120,14 +120,14 @@ def test_the_term_makes_the_down_projections_more_orthogonal() -> None:
             for p in range(2)
             for i in range(2)
         ]
-        return float(torch.stack(found).abs().mean())
+        return torch.stack(found).abs().mean().item()
 
     assert cosines(lamda_1=0.5) < 0.5 * cosines(lamda_1=0.0)
 
 
 def test_the_norm_term_keeps_the_pair_small() -> None:
     def size(lamda_2: float) -> float:
-        return float(learned(1, epochs=3, lamda_2=lamda_2).size())
+        return learned(1, epochs=3, lamda_2=lamda_2).size().item()
 
     assert size(1.0) < 0.9 * size(0.0)
 
@@ -142,10 +142,10 @@ def test_a_single_class_adds_nothing_and_nothing_has_to_avoid_it() -> None:
     assert torch.equal(learner.outputs(three_tasks()[0]).features, features)
     method.prepare(TaskInfo(2, "next", ("fox", "gnu")), lambda: iter(()))
     expected = sum(
-        float((pairs.a[0][p].T @ pairs.a[2][p]).abs().sum()) for pairs in method.pairs for p in range(2)
+        (pairs.a[0][p].T @ pairs.a[2][p]).abs().sum().item() for pairs in method.pairs for p in range(2)
     )
-    assert float(method.orthogonality()) == pytest.approx(expected, rel=1e-5)
-    assert float(method.orthogonality()) > 0
+    assert method.orthogonality().item() == pytest.approx(expected, rel=1e-5)
+    assert method.orthogonality().item() > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 from duallora import METHODS, ContinualLearner
 from duallora.drift import linear_map
-from duallora.methods import SLCA, SLDC, Batch, Method, TaskInfo
+from duallora.methods import Batch, Method, TaskInfo
 from duallora.methods import slca as slca_module
-from duallora.methods.slca import normalised_cross_entropy
-from duallora.methods.sldc import symmetric_cross_entropy
+from duallora.methods.slca import SLCA, normalised_cross_entropy
+from duallora.methods.sldc import SLDC, symmetric_cross_entropy
 from small_tasks import Patterns, new_learner, small_config, three_tasks, unseen
 from tiny import FAMILIES, tiny_backbone, tiny_images
 
@@ -171,7 +171,8 @@ class Bent(nn.Module):
 
 
 def test_covariances_follow_the_jacobian_at_their_mean() -> None:
-    learner = started("sldc", 2)
+    learner = started("sldc", 1)
+    learner.learn(Patterns(["cat", "dog"], [2, 17]))  # larger classes weigh more in the pooled covariance
     method, before = sldc(learner), state_of(learner)
     method._follow(Bent())
     mean, slope = before["rows.mean"].float(), 1 + before["rows.mean"].float().cos() / 2

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from duallora import ContinualLearner
-from duallora.methods import SoRA
-from duallora.methods.sora import Gated
+from duallora.methods.sora import Gated, SoRA
 from small_tasks import (
     Patterns,
     assert_same_outputs,

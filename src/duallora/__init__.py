@@ -10,14 +10,10 @@ if TYPE_CHECKING:
     from duallora.backbones import Backbone, load_backbone
     from duallora.errors import CheckFailed, DualLoRAError
     from duallora.learner import ContinualLearner
-    from duallora.methods import (
-        METHODS,
-        DualLoRAConfig,
-        FrozenConfig,
-        LinearConfig,
-        LoRAConfig,
-        MethodConfig,
-    )
+    from duallora.methods import METHODS, MethodConfig
+    from duallora.methods.duallora import DualLoRAConfig
+    from duallora.methods.frozen import FrozenConfig, LinearConfig
+    from duallora.methods.lora import LoRAConfig
     from duallora.outputs import Evaluation, Prediction, TaskRecord
 
 __all__ = [
@@ -42,7 +38,10 @@ _HOME = {
     "backbones": ("Backbone", "load_backbone"),
     "errors": ("CheckFailed", "DualLoRAError"),
     "learner": ("ContinualLearner",),
-    "methods": ("METHODS", "DualLoRAConfig", "FrozenConfig", "LinearConfig", "LoRAConfig", "MethodConfig"),
+    "methods": ("METHODS", "MethodConfig"),
+    "methods.duallora": ("DualLoRAConfig",),
+    "methods.frozen": ("FrozenConfig", "LinearConfig"),
+    "methods.lora": ("LoRAConfig",),
     "outputs": ("Evaluation", "Prediction", "TaskRecord"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

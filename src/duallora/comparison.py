@@ -112,12 +112,12 @@ ACCURACIES: tuple[Figure, ...] = (
 _PARTS = ("prepare_seconds", "learn_seconds", "consolidate_seconds")
 COSTS: tuple[Figure, ...] = (
     Figure(
-        "trainable_bytes",
+        "trainable_mb",
         "trained a task, MB",
         -1,
         lambda run, _: 4e-6 * max(task["trainable_parameters"] for task in run["tasks"]),
     ),
-    Figure("stored_bytes", "stored, MB", -1, lambda run, _: 1e-6 * run["tasks"][-1]["stored_bytes"]),
+    Figure("stored_mb", "stored, MB", -1, lambda run, _: 1e-6 * run["tasks"][-1]["stored_bytes"]),
     Figure(
         "training_seconds",
         "training, s",
@@ -150,17 +150,17 @@ def marks(entries: Sequence[Entry], column: Sequence[Spread | None], better: int
 
     A line is marked only where its lead over every line behind it exceeds the larger standard deviation of
     the two. A line with one seed has no spread of its own: it is never marked, and counts with the column's
-    largest. The upper bound takes no part. Nothing is second where nothing is best.
+    largest. The upper bound takes no part, with its spread neither. Nothing is second where nothing is best.
     """
     found = ["" for _ in entries]
-    deviations = [s.deviation for s in column if s is not None and s.deviation is not None]
-    if not better or not deviations:
-        return found
     rivals = [
         (better * s.mean, i)
         for i, (entry, s) in enumerate(zip(entries, column, strict=True))
         if s is not None and not entry.upper_bound
     ]
+    deviations = [s.deviation for _, i in rivals if (s := column[i]) is not None and s.deviation is not None]
+    if not better or not deviations:
+        return found
     rivals.sort(reverse=True)
     for place, name in enumerate(("best", "second")):
         if place + 1 >= len(rivals):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from duallora.comparison import ACCURACIES, COSTS, Entry, Figure, Spread, curves, marks, readouts, spread
 from duallora.documents import markdown_table
 from duallora.metrics import READOUTS
-from duallora.report import PLOT_HINT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NO_PLOT = "compare.png was not drawn: install matplotlib with pip install 'duallora[report]'."
 _MAIN = ("average_incremental_accuracy", "given_task", "forgetting", "forgetting_given_task")
 _NOTES = (
     "Mean and sample standard deviation over the seeds; accuracies, forgetting and calibration error in "
@@ -71,8 +71,8 @@ def _table(title: str, entries: Sequence[Entry], columns: Sequence[tuple[Figure,
 def _cell(figure: Figure, value: Spread | None) -> str:
     if value is None:
         return "-"
-    scale, digits = (100, 1) if figure in ACCURACIES else (1, 0 if figure.key != "stored_bytes" else 1)
-    if figure.key == "trainable_bytes":
+    scale, digits = (100, 1) if figure in ACCURACIES else (1, 0 if figure.key != "stored_mb" else 1)
+    if figure.key == "trainable_mb":
         digits = 2
     shown = f"{scale * value.mean:.{digits}f}"
     if value.deviation is None or figure.key == "forward_passes":
@@ -94,7 +94,7 @@ def markdown(entries: Sequence[Entry], protocol: Sequence[str], command: str, *,
         plot: Whether ``compare.png`` lies beside it.
     """
     parts = ["# Comparison", "\n".join(f"- {item}" for item in protocol), f"```sh\n{command}\n```", *_NOTES]
-    parts.append("![Accuracy over all classes seen so far](compare.png)" if plot else f"{PLOT_HINT}.")
+    parts.append("![Accuracy over all classes seen so far](compare.png)" if plot else _NO_PLOT)
     signs = {"best": "**", "second": "*", "": ""}
     for table in tables(entries):
         lines = [
@@ -127,7 +127,7 @@ def page(entries: Sequence[Entry], protocol: Sequence[str], command: str, plot: 
         command: That made the page.
         plot: The curves as PNG.
     """
-    picture = f"<p>{html.escape(PLOT_HINT)}.</p>"
+    picture = f"<p>{html.escape(_NO_PLOT)}</p>"
     if plot is not None:
         data = base64.b64encode(plot).decode()
         picture = f'<img alt="Accuracy over all classes seen so far" src="data:image/png;base64,{data}">'
@@ -180,10 +180,10 @@ def plot(entries: Sequence[Entry]) -> bytes | None:
     styles = ("-", "--", ":")
     panels = canvas.subplots(1, 2, sharey=True)
     for axes, readout in zip(panels, READOUTS, strict=True):
-        for i, entry in enumerate(e for e in entries if readout in readouts(e)):
-            place = [e.name for e in entries].index(entry.name)
-            look = {"color": colours[place % 20], "ls": styles[(place // 20 + i % 2) % 3]}
-            _draw(axes, entry, readout, look)
+        for place, entry in enumerate(entries):  # so that a line looks the same in both panels
+            if readout in readouts(entry):
+                look = {"color": colours[place % 20], "ls": styles[(place // 20 + place % 2) % 3]}
+                _draw(axes, entry, readout, look)
         axes.set(xlabel="tasks learned", title=f"accuracy over all classes seen so far: {readout}")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy")
@@ -197,11 +197,12 @@ def plot(entries: Sequence[Entry]) -> bytes | None:
 def _draw(axes: Axes, entry: Entry, readout: str, look: dict[str, Any]) -> None:
     found = curves(entry, readout)
     means = [value.mean for value in found]
+    label = entry.label.replace("$", r"\$")  # matplotlib would read a formula
     if entry.upper_bound:
-        axes.axhline(means[-1], label=entry.label, color="0.2", ls="-.")
+        axes.axhline(means[-1], label=label, color="0.2", ls="-.")
         return
     steps = range(1, len(found) + 1)
-    axes.plot(steps, means, label=entry.label, lw=1.6, **look)
+    axes.plot(steps, means, label=label, lw=1.6, **look)
     if len(entry.seeds) > 1:
         low, high = ([v.mean + sign * (v.deviation or 0.0) for v in found] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=look["color"], alpha=0.2, lw=0)

@@ -47,13 +47,13 @@ class WeaklyNonlinear(nn.Module):
         """H on unit vectors: (..., d) -> (..., d)."""
         p = self.mix.softmax(0)
         hidden = (u @ self.inner + self.inner_bias).relu()
-        h: Tensor = p[0] * u + p[1] * (u @ self.linear) + p[2] * (hidden @ self.outer + self.outer_bias)
-        return h
+        return p[0] * u + p[1] * (u @ self.linear) + p[2] * (hidden @ self.outer + self.outer_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         norm = x.norm(dim=-1, keepdim=True)
-        return norm * self.unit(x / norm.clamp(min=1e-12))
+        y: Tensor = norm * self.unit(x / norm.clamp(min=1e-12))
+        return y
 
 
 def linear_map(before: Tensor, after: Tensor, alpha: float) -> Linear:

@@ -71,7 +71,9 @@ class FrozenFeatures:
             tensors = safetensors.torch.load(path.read_bytes())
             return cls(tensors["keys"], tensors["features"])
         except (OSError, SafetensorError, KeyError) as error:
-            raise DualLoRAError(f"{path} holds no features that can be read; delete it.") from error
+            raise DualLoRAError(
+                f"{path} holds no features that can be read; delete it, or leave --features out."
+            ) from error
 
 
 def _digest(image: Tensor) -> bytes:

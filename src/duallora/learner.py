@@ -19,7 +19,8 @@ from duallora.backbones import Backbone, BackboneInfo, load_backbone
 from duallora.errors import DualLoRAError
 from duallora.images import to_pil
 from duallora.memory import sum_rows
-from duallora.methods import METHODS, DualLoRAConfig, Method, MethodConfig, TaskInfo, method_name
+from duallora.methods import METHODS, Method, MethodConfig, TaskInfo, method_name
+from duallora.methods.duallora import DualLoRAConfig
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
 from duallora.progress import Progress
 from duallora.streams import TaskDataset

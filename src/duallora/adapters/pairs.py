@@ -33,9 +33,7 @@ class Pairs(nn.Module):
 
     def open(self, rank: int, generator: torch.Generator, device: torch.device) -> None:
         """Adds a task's pair, A as LoRA draws it and B zero, and freezes the earlier ones."""
-        for earlier in self.parameters():
-            earlier.requires_grad_(False)
-            earlier.grad = None  # that of its last step, as large as itself
+        self.requires_grad_(False)
         drawn = [kaiming(self.dim, rank, generator) for _ in range(self.projections)]
         self.a.append(nn.Parameter(torch.stack(drawn).to(device)))
         self.b.append(nn.Parameter(torch.zeros(self.projections, rank, self.width, device=device)))

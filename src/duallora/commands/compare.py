@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import json
 import shlex
@@ -25,7 +26,7 @@ def compare(
     *,
     out: Path,
     methods: str,
-    seeds: str = "0",
+    seeds: int | str = 0,
     same_budget: bool = False,
     jobs: int = 1,
     stream: str = "digits",
@@ -52,8 +53,8 @@ def compare(
         out: folder for compare.csv, compare.md, compare.html, compare.png, configs/ and runs/
         methods: names of duallora methods, or paths of YAML files with a method block, separated by commas
         seeds: numbers separated by commas
-        same_budget: the same epochs, batch size, learning rates, rank and layers for all; without it each
-            method has those of its paper (configs/methods/NAME.yaml)
+        same_budget: every method at its defaults, which have the same epochs, batch size, learning rates,
+            rank and layers; without it each has the values of its paper (configs/methods/NAME.yaml)
         jobs: number of runs at a time; they share the processor's threads
         stream: digits, or a folder of images with train/ and val/
         domains: show the same images in several domains, one task each, separated by commas
@@ -69,8 +70,10 @@ def compare(
         device: where to compute
     """
     command = _command(locals())
+    if out.exists() and not out.is_dir():
+        raise DualLoRAError(f"{out} is a file; name a folder for the comparison.")
     require_range("--jobs", jobs, 1, 1024)
-    numbers = _numbers(seeds)
+    numbers = _numbers(str(seeds))
     if method is not None and method.name is not None:
         raise DualLoRAError("compare takes its methods from --methods; leave --method out.")
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -91,6 +94,8 @@ def compare(
     options = ["--stream", stream, "--device", device]
     if backbone_file is not None:
         options += ["--backbone-file", str(backbone_file)]
+    for line in lines:  # a foreign run of any seed is refused now, not when all others have been run
+        _entry(line, setting, out)
     missing = _missing(lines, numbers, setting, out, options)
     if missing:
         features = _keep_features(setting, out, device)
@@ -101,9 +106,10 @@ def compare(
     if entries:
         _write(entries, _protocol(entries, setting, same_budget), command, out)
     if failed:
+        rest = "the page shows the others" if entries else "there is nothing to show yet"
         raise DualLoRAError(
-            f"{len(failed)} of {len(missing)} runs failed ({', '.join(job.name for job in failed)}); the "
-            "page shows the others. Put right what their logs say and repeat the command."
+            f"{len(failed)} of {len(missing)} runs failed ({', '.join(job.name for job in failed)}); {rest}. "
+            f"Put right what their logs in {out / 'logs'} say and repeat the command."
         )
 
 
@@ -131,7 +137,7 @@ def _missing(
     for seed in seeds:
         for line in lines:
             folder = _folder(out, line, seed)
-            if _finished(folder, setting.asked(line.method, line.config, seed)) is not None:
+            if _finished(folder, line, setting, seed) is not None:
                 continue
             config = out / "configs" / f"{line.name}.yaml"
             config.parent.mkdir(parents=True, exist_ok=True)
@@ -150,21 +156,27 @@ def _yaml(line: Line, setting: Setting) -> bytes:
     return (comment + json.dumps(kept, indent=2) + "\n").encode()
 
 
-def _finished(folder: Path, asked: dict[str, Any]) -> Results | None:
+def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results | None:
     """The results of a finished run.
 
     Raises:
-        DualLoRAError: The folder holds a finished run under another configuration.
+        DualLoRAError: The folder holds a finished run under another configuration or on other images.
     """
+    from duallora.results import SCHEMA_VERSION
+
     path = folder / "results.json"
     if not path.exists():
         return None
     try:
         results: Results = json.loads(path.read_bytes())
-        there = results["config"]
+        tasks, classes = results["tasks"], results["stream"]["class_order"]
+        counts = (sum(task[f"{part}_images"] for task in tasks) for part in ("train", "test"))
+        there = {"version": results["version"], **results["config"], **_images(classes, *counts)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DualLoRAError(f"{path} cannot be read; delete {folder} to run it again.") from error
-    wanted = json.loads(json.dumps(asked))
+    asked = setting.asked(line.method, line.config, seed)
+    shown = _images(setting.stream.class_order, *_image_counts(setting))
+    wanted = json.loads(json.dumps({"version": SCHEMA_VERSION, **asked, **shown}))
     if there == wanted:
         return results
     from duallora.run_directory import difference
@@ -175,16 +187,26 @@ def _finished(folder: Path, asked: dict[str, Any]) -> Results | None:
     )
 
 
+def _images(class_order: Sequence[str], train: int, test: int) -> dict[str, Any]:
+    """What tells the images of two streams apart: a configuration does not say which folder was read."""
+    return {"class order": list(class_order), "training images": train, "test images": test}
+
+
+def _image_counts(setting: Setting) -> tuple[int, int]:
+    """Training and test images of all tasks."""
+    return sum(len(task.train) for task in setting.stream), sum(len(task.test) for task in setting.stream)
+
+
 def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
     """All finished runs of a line, also of seeds that were not asked for now."""
     from duallora.comparison import Entry
     from duallora.methods import METHODS
 
     found: dict[int, Results] = {}
-    for folder in (out / "runs").glob(f"{line.name}-*"):
+    for folder in (out / "runs").glob(f"{glob.escape(line.name)}-*"):
         number = folder.name.removeprefix(f"{line.name}-")
         if number.isdecimal():
-            results = _finished(folder, setting.asked(line.method, line.config, int(number)))
+            results = _finished(folder, line, setting, int(number))
             if results is not None:
                 found[int(number)] = results
     if not found:
@@ -203,6 +225,7 @@ def _keep_features(setting: Setting, out: Path, device: str) -> Path:
 
     path = out / f"features-{setting.backbone.info.sha256[:12]}.safetensors"
     if path.exists():
+        FrozenFeatures.load(path)  # one that cannot be read is refused once, not by every run
         return path
     view, place = evaluation_transform(setting.backbone.info), make_fabric(device).device
     setting.backbone.to(place)
@@ -244,7 +267,7 @@ def _final(entry: Entry) -> float:
 
 def _protocol(entries: Sequence[Entry], setting: Setting, same_budget: bool) -> list[str]:
     stream, info = setting.stream, setting.backbone.info
-    counts = [sum(len(getattr(task, part)) for task in stream) for part in ("train", "test")]
+    counts = _image_counts(setting)
     trained = sorted({_trained(entry) for entry in entries})
     budget = (
         f"one budget for all: {trained[0]}"

@@ -41,19 +41,20 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
         names: A method, a shipped configuration ``methods/NAME`` by its NAME, or a path to a YAML file.
         shared: Fields for every line that has them. A line's own values win; with ``same_budget``, the shared
             ones do.
-        same_budget: Leave out the `BUDGET_FIELDS` of the lines' own values.
+        same_budget: Take each method at its defaults, and leave out the `BUDGET_FIELDS` of the values of a
+            variant.
 
     Raises:
-        DualLoRAError: An unknown line, two of one name, a field that no line has, or a value refused.
+        DualLoRAError: No line, an unknown one, two of one name, a field that no line has, or a value refused.
     """
     from duallora.methods import METHODS
 
     lines = []
     for asked in names:
-        name, own = _own_values(asked, list(METHODS))
-        method = own.pop("name", name)
+        name, own = _own_values(asked, list(METHODS), same_budget)
+        method = str(own.pop("name", name))
         if method not in METHODS:
-            raise DualLoRAError(f"{asked} names the method {method}{nearest(str(method), list(METHODS))}")
+            raise DualLoRAError(f"{asked} names the method {method}{nearest(method, list(METHODS))}")
         known = METHODS[method].config.__dataclass_fields__
         unknown = [field for field in own if field not in known]
         if unknown:
@@ -64,19 +65,24 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
             fields = kept | common
         else:
             fields = common | own
-        lines.append(Line(name, method, METHODS[method].config(**fields)))
+        try:
+            lines.append(Line(name, method, METHODS[method].config(**fields)))
+        except DualLoRAError as error:
+            raise DualLoRAError(f"{asked}: {error}") from error
     _check(lines, shared)
     return lines
 
 
-def _own_values(asked: str, methods: list[str]) -> tuple[str, dict[str, Any]]:
-    """A line's name and what its YAML file says of the method."""
+def _own_values(asked: str, methods: list[str], same_budget: bool) -> tuple[str, dict[str, Any]]:
+    """A line's name and what its YAML file says of the method; for a method itself, those are its paper's."""
     path = Path(asked)
     if path.suffix in (".yaml", ".yml"):
         values = read_config(asked).get("method")
         if not isinstance(values, dict) or "name" not in values:
             raise DualLoRAError(f"{asked} names no method: write 'method:' and under it 'name: NAME'.")
         return path.stem, dict(values)
+    if same_budget and asked in methods:
+        return asked, {}
     shipped = f"methods/{asked}"
     if shipped in shipped_configs():
         return asked, dict(read_config(shipped)["method"])
@@ -88,6 +94,8 @@ def _own_values(asked: str, methods: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _check(lines: Sequence[Line], shared: Mapping[str, Any]) -> None:
     names = [line.name for line in lines]
+    if not names:
+        raise DualLoRAError("--methods names no method; duallora methods lists them.")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise DualLoRAError(f"--methods names {twice} twice; a variant needs a YAML file of another name.")

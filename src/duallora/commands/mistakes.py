@@ -120,7 +120,7 @@ def _wrong_value(action: Any, words: Sequence[str], configs: Sequence[Mapping[st
 def _given(action: Any, words: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> str:
     """The last value given for an option."""
     values = [str(value) for config in configs for key, value in _flat(config) if key == action.dest]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if name in action.option_strings:
             values.append(value if equals else following)

@@ -116,9 +116,8 @@ class CoLoR(Method):
     def choose(self, images: Tensor) -> Tensor:
         """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
         # Without products: these take another path for larger batches, and near a tie another task.
-        mode = "donot_use_mm_for_euclid_dist"
-        distance = torch.cdist(self._query(images), self.centres, compute_mode=mode)
-        return self.centre_task[distance.argmin(1)]
+        far = torch.cdist(self._query(images), self.centres, compute_mode="donot_use_mm_for_euclid_dist")
+        return self.centre_task[far.argmin(1)]
 
     def extract(self, images: Tensor) -> Tensor:
         """Features (n, d), each image with the LoRA of its chosen task."""

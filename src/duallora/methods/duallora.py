@@ -93,7 +93,7 @@ class _Seen:
 
 
 class DualLoRA(Method):
-    """The method; see :class:`duallora.methods.base.Method` for the hooks and their order."""
+    """An orthogonal LoRA where earlier tasks have no energy, a residual one gated per image by a memory."""
 
     paper = "DualLoRA 2024 (2411.00623)"
     stores = "factors of O, bases and C of R, Phi, heads, class rows, gate rows"

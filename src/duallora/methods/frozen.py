@@ -25,6 +25,7 @@ class Linear(Method):
     """Linear probe: no adapters, arg-max over the concatenated heads."""
 
     paper = "linear probe"
+    config: LinearConfig
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the bare backbone."""
@@ -35,6 +36,7 @@ class Frozen(Method):
     """No adapters; heads, rows and calibration as in DualLoRA: what the adapters are measured against."""
 
     paper = "frozen features"
+    config: FrozenConfig
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
 
     def extract(self, images: Tensor) -> Tensor:

@@ -58,7 +58,10 @@ class InfLoRAConfig(MethodConfig):
 
 
 class InfLoRA(Method):
-    """``y = x (W_0 + sum_{j<t} D_j U_j) + (x D_t) U_t``; ``U_t`` alone is trained, from zero."""
+    """A LoRA a task inside the complement of what earlier tasks use; its down-projection is not trained.
+
+    ``y = x (W_0 + sum_{j<t} D_j U_j) + (x D_t) U_t``; ``U_t`` (r x out) starts at zero.
+    """
 
     paper = "InfLoRA 2024 (2404.00228)"
     stores = "sum of D_j U_j, one basis a layer (at most d/2 columns), heads, class rows"

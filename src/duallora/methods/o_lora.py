@@ -42,7 +42,10 @@ class OLoRAConfig(MethodConfig):
 
 
 class OLoRA(Method):
-    """``y = x (W_0 + sum_i A_i B_i)``; the newest pair is trained, the earlier ones are frozen and active."""
+    """A LoRA pair a task, all active; the new down-projection is pushed to be orthogonal to the earlier ones.
+
+    ``y = x (W_0 + sum_i A_i B_i)``; the newest pair is trained, the earlier ones are frozen.
+    """
 
     paper = "O-LoRA 2023 (2310.14152)"
     stores = "a pair a task, heads, class rows"

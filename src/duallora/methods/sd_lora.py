@@ -43,10 +43,11 @@ class SDLoRAConfig(MethodConfig):
 
 
 class SDLoRA(Method):
-    """``y = x (W_0 + sum_i a_i A_i B_i)``; trained are the newest pair and every ``a_i``.
+    """Every task adds a low-rank direction; the magnitudes of all directions go on being trained.
 
-    The scalars ``a_i`` are shared by all layers and projections. When a later task trains, the earlier pairs
-    are directions: frozen, and of norm 1, see :meth:`normalise`.
+    ``y = x (W_0 + sum_i a_i A_i B_i)``; trained are the newest pair and every ``a_i``. These scalars are
+    shared by all layers and projections. When a later task trains, the earlier pairs are directions: frozen,
+    and of norm 1, see :meth:`normalise`.
     """
 
     paper = "SD-LoRA 2025 (2501.13198)"
