@@ -231,8 +231,8 @@ def test_the_choice_is_made_in_fp32_also_in_a_pass_under_autocast() -> None:
     images = images_of(learner, domains(seed=1)[0])
     bare = tiny_backbone(depth=DEPTH)(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(method.frozen_features(images), bare), "autocast would change it"
-        inside = method._query(images)
+        assert not torch.equal(method.backbone(images), bare), "autocast would change it"
+        inside = method.frozen_features(images)
     assert torch.equal(inside, bare)
 
 

@@ -40,7 +40,8 @@ class Pairs(nn.Module):
 
     def sizes(self, task: int) -> Tensor:
         """``|A_i|_F |B_i|_F`` (P,), not below ``|A_i B_i|_F``; 0 where B is still zero."""
-        return self.a[task].norm(dim=(1, 2)) * self.b[task].norm(dim=(1, 2))
+        sizes: Tensor = self.a[task].norm(dim=(1, 2)) * self.b[task].norm(dim=(1, 2))
+        return sizes
 
     def delta_weight(self) -> Tensor:
         """``sum_i a_i A_i B_i`` of all projections side by side (d x out); 0 before the first task."""
@@ -54,4 +55,5 @@ class Pairs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, out); as one matrix, whose cost per token does not grow with the tasks."""
-        return x @ self.delta_weight()
+        y: Tensor = x @ self.delta_weight()
+        return y

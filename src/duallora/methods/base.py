@@ -155,7 +155,7 @@ class Method:
         """Parameters of the current task with their learning rates, as an optimiser takes them.
 
         The current head at ``head_learning_rate``, whatever in ``adapters`` takes gradients at
-        ``learning_rate``.
+        ``learning_rate``. An empty list means that nothing is trained.
         """
         groups = [{"params": list(self.heads.tasks[-1].parameters()), "lr": self.config.head_learning_rate}]
         trained = [p for p in self.adapters.parameters() if p.requires_grad]
@@ -186,7 +186,8 @@ class Method:
         found = None if self.cache is None else self.cache.lookup(images)
         if found is not None:
             return found.to(images.device)
-        features: Tensor = self.backbone(images).float()
+        with torch.autocast(images.device.type, enabled=False):  # everywhere as in the cache
+            features: Tensor = self.backbone(images).float()
         return features
 
     def head_logits(self, features: Tensor) -> Tensor:

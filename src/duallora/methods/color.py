@@ -105,7 +105,7 @@ class CoLoR(Method):
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """Centres of the task's frozen features, then the rows, each image with the LoRA it would get."""
-        features = torch.cat([self._query(batch.images) for batch in loader()])
+        features = torch.cat([self.frozen_features(batch.images) for batch in loader()])
         wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
         seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
         found = _centres(features, wanted, seed).to(self.device)
@@ -116,7 +116,8 @@ class CoLoR(Method):
     def choose(self, images: Tensor) -> Tensor:
         """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
         # Without products: these take another path for larger batches, and near a tie another task.
-        far = torch.cdist(self._query(images), self.centres, compute_mode="donot_use_mm_for_euclid_dist")
+        features = self.frozen_features(images)
+        far = torch.cdist(features, self.centres, compute_mode="donot_use_mm_for_euclid_dist")
         return self.centre_task[far.argmin(1)]
 
     def extract(self, images: Tensor) -> Tensor:
@@ -152,11 +153,6 @@ class CoLoR(Method):
         finally:
             for update in self.updates:
                 update.active = None
-
-    def _query(self, images: Tensor) -> Tensor:
-        """Frozen features (n, d), in fp32 also under autocast: the choice has to be that of inference."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.frozen_features(images)
 
     def state(self) -> dict[str, Tensor]:
         """As every method, and the centres (K, d) with their tasks (K,)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from duallora.methods.base import Method
@@ -28,8 +29,8 @@ class Linear(Method):
     config: LinearConfig
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features of the bare backbone."""
-        return self.frozen_features(images)
+        """Features of the bare backbone; those of augmented views, on which heads train, are never kept."""
+        return super().extract(images) if torch.is_grad_enabled() else self.frozen_features(images)
 
 
 class Frozen(Method):
@@ -40,5 +41,5 @@ class Frozen(Method):
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features of the bare backbone."""
-        return self.frozen_features(images)
+        """Features of the bare backbone; those of augmented views, on which heads train, are never kept."""
+        return super().extract(images) if torch.is_grad_enabled() else self.frozen_features(images)
