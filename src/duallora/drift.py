@@ -76,7 +76,9 @@ def linear_map(before: Tensor, after: Tensor, alpha: float) -> Linear:
 def weakly_nonlinear_map(
     before: Tensor, after: Tensor, steps: int, generator: torch.Generator
 ) -> WeaklyNonlinear:
-    """Adam on ``mean (h(x) - y)^2 + 1/2 p_2^2``, unit x and y: the MLP takes part only where it pays.
+    """Adam on ``mean (h(x) - y)^2 + 1/2 p_2^2``, x and y at unit length.
+
+    The mean over d entries of unit vectors is so small that the penalty alone decides the mixture p.
 
     Args:
         before: features (n, d).

@@ -124,8 +124,17 @@ class ExtraTokens:
 
 
 def uniform(*shape: int, generator: torch.Generator) -> Tensor:
-    """Prompts or keys drawn from U(-1, 1)."""
+    """Prompts drawn from U(-1, 1)."""
     return torch.empty(shape).uniform_(-1, 1, generator=generator)
+
+
+def small(*shape: int, generator: torch.Generator) -> Tensor:
+    """Keys drawn from U(-.01, .01).
+
+    Cosines see only the direction of a key, and Adam's steps do not grow with it: a small key turns to its
+    task within a few steps, where one of unit size would hardly turn in a short task.
+    """
+    return 0.01 * uniform(*shape, generator=generator)
 
 
 def halves(prompt: Tensor) -> Prefix:

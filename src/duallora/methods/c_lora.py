@@ -28,7 +28,7 @@ class RoutedLoRAConfig(MethodConfig):
     """
 
     rank: int = 20
-    orthogonality: float = 0.1
+    orthogonality: float = 0.01
     shared_rate: float = 0.1
     projections: Literal["kv", "qv", "qkv"] = "kv"
     first_adapted_layer: int | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.prefix import Prefix, halves, prefixed, put_prefixes, uniform
+from duallora.adapters.prefix import Prefix, halves, prefixed, put_prefixes, small, uniform
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Batch, Method
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         self.requires_grad_(False)
         prompt = uniform(self.length, self.dim, generator=generator)
         self.prompts.append(nn.Parameter(prompt.to(device)))
-        self.keys.append(nn.Parameter(uniform(self.query_dim, generator=generator).to(device)))
+        self.keys.append(nn.Parameter(small(self.query_dim, generator=generator).to(device)))
 
     def similarity(self, query: Tensor) -> Tensor:
         """Cosines with the keys of all tasks (B, T); each image by itself, whatever its batch."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.prefix import ExtraTokens, uniform
+from duallora.adapters.prefix import ExtraTokens, small, uniform
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Batch, Method
@@ -79,7 +79,7 @@ class L2P(Method):
         super().__init__(backbone, config, seed)
         size, generator = config.pool_size, self.generator(0, purpose=1)
         prompts = uniform(size, config.prompt_length, backbone.dim, generator=generator)
-        keys = uniform(size, backbone.feature_dim, generator=generator)
+        keys = small(size, backbone.feature_dim, generator=generator)
         self.pool = Pool(prompts, keys).to(self.device)
         self.adapters = nn.ModuleDict({"pool": self.pool})
         self.tokens = ExtraTokens(backbone)

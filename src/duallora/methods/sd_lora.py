@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -74,6 +74,19 @@ class SDLoRA(Method):
         for pairs in self.pairs:
             pairs.open(rank, generator, self.device)
         self.magnitudes.append(nn.Parameter(torch.tensor(self.config.magnitude, device=self.device)))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The head, the newest pair, and each magnitude at a rate in proportion to its size.
+
+        Adam's steps do not grow with a parameter: a magnitude that took over a norm would hardly move.
+        """
+        rate, pairs = self.config.learning_rate, [p for pair in self.pairs for p in pair.parameters()]
+        groups = [super().parameter_groups()[0]]
+        groups.append({"params": [p for p in pairs if p.requires_grad], "lr": rate})
+        for magnitude in self.magnitudes:
+            growth = abs(float(magnitude.detach())) / self.config.magnitude
+            groups.append({"params": [magnitude], "lr": rate * max(growth, 1.0)})
+        return groups
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """Turns the pair trained last into a direction; a single class trains nothing and moves nothing."""

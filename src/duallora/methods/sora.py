@@ -30,7 +30,7 @@ class SoRAConfig(MethodConfig):
     """
 
     rank: int = 20
-    sparsity: float = 10.0
+    sparsity: float = 3.0
     projections: Literal["kv", "qv", "qkv"] = "kv"
     first_adapted_layer: int | None = None
     learning_rate: float = 2e-3
