@@ -20,10 +20,12 @@ from duallora import METHODS, CheckFailed, ContinualLearner, checkpoint
 from duallora.cli import VERBS
 from duallora.commands.arguments import build_parser, parse
 from duallora.commands.choice import MethodChoice
-from duallora.commands.configs import shipped_configs
+from duallora.commands.compare import compare
+from duallora.commands.configs import read_config, shipped_configs
 from duallora.commands.evaluate import evaluate
 from duallora.commands.inspect import inspect
 from duallora.commands.learn import learn
+from duallora.commands.methods import methods
 from duallora.commands.predict import predict
 from duallora.commands.run import run
 from duallora.commands.undo import undo
@@ -31,6 +33,8 @@ from tiny import tiny_backbone
 
 COMMANDS = {
     "run": run,
+    "compare": compare,
+    "methods": methods,
     "learn": learn,
     "predict": predict,
     "evaluate": evaluate,
@@ -99,7 +103,7 @@ def test_the_documentation_names_every_field() -> None:
 
 def test_help_of_a_method_shows_its_own_fields_and_values(call: Call) -> None:
     shown = call("run", "--help").out
-    assert "--method {duallora,frozen,linear,lora}" in shown
+    assert f"--method {{{','.join(METHODS)}}}" in shown
     assert "--method.residual {next,protected,own,none}" in shown
     assert "--epochs" in shown
     other = call("run", "--method", "lora", "--help").out
@@ -136,6 +140,11 @@ def test_a_method_in_a_file_is_a_name_or_a_section(tmp_path: Path, method: str) 
     assert asked.config() == METHODS["lora"].config(rank=3 if "rank" in method else 10)
 
 
+def test_a_file_alone_is_answered_likewise(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("out: x\nseed: many\n")
+    assert_refused(call("run", "--config", tmp_path / "run.yaml"), "--seed does not take many")
+
+
 def test_the_command_line_wins_over_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("out: x\nseed: 1\ntasks: 2\nmethod: {name: linear, epochs: 2, tau: 3}\n")
@@ -145,17 +154,36 @@ def test_the_command_line_wins_over_a_file(tmp_path: Path) -> None:
         assert asked["method"].config() == METHODS["lora"].config(epochs=9, tau=3)
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-@pytest.mark.parametrize("method", METHODS)
-def test_a_shipped_configuration_suits_every_method(name: str, method: str) -> None:
-    asked = parse("run", run, ["--config", name, "--out", "x", "--method", method])
-    assert asked["method"].config() == METHODS[method].config()  # the reference settings are the defaults
-    assert asked["order"] == 1993
+OF_METHODS = [name for name in shipped_configs() if name.startswith("methods/")]
+
+
+@pytest.mark.parametrize("name", sorted({*shipped_configs()}.difference(OF_METHODS)))
+def test_a_shipped_configuration_suits_every_method(name: str) -> None:
+    for method in METHODS:
+        asked = parse("run", run, ["--config", name, "--out", "x", "--method", method])
+        assert asked["method"].config() == METHODS[method].config()  # the reference settings are the defaults
+        assert asked["order"] == 1993
     assert parse("run", run, ["--config", f"{name}.yaml", "--out", "x"])["method"].name == "duallora"
 
 
+@pytest.mark.parametrize("name", OF_METHODS)
+def test_a_shipped_configuration_of_a_method_is_of_that_method_alone(call: Call, name: str) -> None:
+    content = read_config(name)
+    assert list(content) == ["method"]  # of the protocol it says nothing
+    fields = dict(content["method"])
+    method = fields.pop("name")
+    asked = parse("run", run, ["--config", name, "--out", "x"])
+    assert asked["method"].name == method
+    assert asked["method"].config() == METHODS[method].config(**fields)
+    named = name.removeprefix("methods/")
+    assert named in (method, "duallora-heads", "duallora-paper")
+    assert parse("run", run, ["--config", "digits", "--config", name, "--out", "x"])["tasks"] == 5
+    for field, value in fields.items():
+        assert type(value) is type(getattr(asked["method"].config(), field)), field
+
+
 def test_the_reference_configurations() -> None:
-    assert set(shipped_configs()) >= {"cl100", "domains", "digits"}
+    assert set(shipped_configs()).difference(OF_METHODS) == {"cl100", "digits", "domains", "screening"}
     cl100 = parse("run", run, ["--config", "cl100", "--out", "x"])
     assert (cl100["tasks"], cl100["train_per_class"], cl100["holdout"]) == (10, 60, 0)
     domains = parse("run", run, ["--config", "domains", "--out", "x"])
@@ -166,14 +194,14 @@ def test_the_reference_configurations() -> None:
     ("line", "parts"),
     [
         ("rnu", ["no command rnu", "run"]),
-        ("frobnicate", ["run, learn, predict"]),
+        ("frobnicate", ["run, compare, methods, learn, predict"]),
         ("run --out x --methd lora", ["unknown option --methd", "--method"]),
         ("run --out x --epoch 3", ["--method.epochs"]),
         ("run --out x --residual-rank 3", ["--method.residual_rank"]),
         ("run --out x --method.residual-rank=3", ["--method.residual_rank"]),
         ("run --out x --train_per_class 3", ["--train-per-class"]),
         ("run --out x --method lara", ["no method lara", "lora"]),
-        ("run --out x --method nothing", ["duallora, frozen, linear, lora"]),
+        ("run --out x --method nothing", [", ".join(METHODS)]),
         ("run --out x --method.residual nxt", ["--method.residual does not take nxt", "next", "protected"]),
         ("run --out x --method lora --method.residual own", ["--method.residual", "duallora", "not of"]),
         ("run --out x --method.rank many", ["--method.rank does not take many", "a whole number"]),
@@ -197,6 +225,9 @@ def test_the_reference_configurations() -> None:
         ("undo model --josn", ["unknown option --josn"]),
         ("inspect model --josn", ["--json"]),
         ("run --config nowhere", ["nowhere", "cl100"]),
+        ("compare --methods ncm", ["--out is missing", "compare --help"]),
+        ("compare --out x --method.epoch 3", ["--method.epochs"]),
+        ("methods --josn", ["unknown option --josn", "--json"]),
         ("run --out x --config", ["--config needs a value"]),
     ],
 )

@@ -127,6 +127,17 @@ def test_the_newest_pair_and_all_magnitudes_are_trained_and_nothing_else(reset: 
     assert sum(p.numel() for p in trained) == 2 * 2 * 4 * (WIDTH + WIDTH) + 3 + 2 * (WIDTH + 1)
 
 
+def test_a_magnitude_learns_at_a_rate_in_proportion_to_its_size() -> None:
+    """Else the first direction, whose norm its magnitude took over, would stand still beside a new one."""
+    method, rate = prepared(), 2e-2
+    groups = {id(p): group["lr"] for group in method.parameter_groups() for p in group["params"]}
+    sizes_of = [float(m.detach()) for m in method.magnitudes]
+    assert max(sizes_of) > 1.05 * 0.8, "the norm of a direction has moved into its magnitude"
+    for magnitude, size in zip(method.magnitudes, sizes_of, strict=True):
+        assert groups[id(magnitude)] == pytest.approx(rate * max(size / 0.8, 1.0))
+    assert groups[id(method.pairs[0].b[-1])] == rate
+
+
 def test_a_magnitude_is_one_number_for_all_layers() -> None:
     """Its gradient is the sum over layers of ``<dL/d(delta), A B>``."""
     method = prepared()
