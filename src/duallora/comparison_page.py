@@ -177,13 +177,13 @@ def plot(entries: Sequence[Entry]) -> bytes | None:
     canvas = Canvas(figsize=(15, 7), layout="constrained")
     FigureCanvasAgg(canvas)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    styles = ("-", "--", ":")
+    styles, tasks = ("-", "--", ":"), max(len(entry.runs[0]["tasks"]) for entry in entries)
     panels = canvas.subplots(1, 2, sharey=True)
     for axes, readout in zip(panels, READOUTS, strict=True):
         for place, entry in enumerate(entries):  # so that a line looks the same in both panels
             if readout in readouts(entry):
                 look = {"color": colours[place % 20], "ls": styles[(place // 20 + place % 2) % 3]}
-                _draw(axes, entry, readout, look)
+                _draw(axes, entry, readout, tasks, look)
         axes.set(xlabel="tasks learned", title=f"accuracy over all classes seen so far: {readout}")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy")
@@ -194,12 +194,12 @@ def plot(entries: Sequence[Entry]) -> bytes | None:
     return data.getvalue()
 
 
-def _draw(axes: Axes, entry: Entry, readout: str, look: dict[str, Any]) -> None:
+def _draw(axes: Axes, entry: Entry, readout: str, tasks: int, look: dict[str, Any]) -> None:
     found = curves(entry, readout)
     means = [value.mean for value in found]
     label = entry.label.replace("$", r"\$")  # matplotlib would read a formula
-    if entry.upper_bound:
-        axes.axhline(means[-1], label=label, color="0.2", ls="-.")
+    if entry.upper_bound:  # it has learned nothing but the end
+        axes.plot([tasks], means[-1:], label=label, color="0.2", ls="", marker="*", ms=11)
         return
     steps = range(1, len(found) + 1)
     axes.plot(steps, means, label=label, lw=1.6, **look)

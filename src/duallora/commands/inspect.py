@@ -69,7 +69,7 @@ def layers_of(tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     places: dict[tuple[int, str], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
-        if kind == "layers":
+        if kind == "layers" and rest.count(".") > 1:  # of DualLoRA; other methods have no groups
             layer, group, part = rest.split(".", 2)
             places[int(layer), group.removeprefix("group_")][part] = tensor
     return [
@@ -97,8 +97,10 @@ def _part(name: str) -> str:
     kind, _, rest = name.partition(".")
     if kind != "layers":
         return {"rows": "class rows", "random": "random features"}.get(kind, kind)
-    part = rest.split(".")[2]
-    return "bases" if part in ("phi", "sizes") else "residual" if part == "residual" else "orthogonal"
+    part = rest.split(".")[2 if rest.count(".") > 1 else 1]
+    return (
+        "bases" if part in ("phi", "sizes", "basis") else "residual" if part == "residual" else "orthogonal"
+    )
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class SharedLoRAConfig(MethodConfig):
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: Adam's learning rate of the adapter, cosine to zero.
     """
+
+    positive: ClassVar[tuple[str, ...]] = ("pairs",)
 
     rank: int = 20
     pairs: int = 4

@@ -28,6 +28,8 @@ class CodaPromptConfig(MethodConfig):
         learning_rate: Adam's learning rate of the components, cosine to zero.
     """
 
+    positive: ClassVar[tuple[str, ...]] = ("layers", "components_per_task", "prompt_length")
+
     layers: int = 5
     components_per_task: int = 10
     prompt_length: int = 8

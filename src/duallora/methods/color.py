@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class CoLoRConfig(MethodConfig):
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: Adam's learning rate of the adapter, cosine to zero.
     """
+
+    positive: ClassVar[tuple[str, ...]] = ("centres",)
 
     rank: int = 20
     centres: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
@@ -24,6 +24,16 @@ class MethodConfig:
         ridge: their ridge; null chooses it by generalised cross-validation.
     """
 
+    # Fields of this class that must be above 0; other numbers may be 0.
+    positive: ClassVar[tuple[str, ...]] = (
+        "epochs",
+        "batch_size",
+        "head_learning_rate",
+        "learning_rate",
+        "random_features",
+        "ridge",
+    )
+
     epochs: int = 4
     batch_size: int = 32
     head_learning_rate: float = 5e-3
@@ -40,38 +50,12 @@ class MethodConfig:
             DualLoRAError: naming the field, the value and what is valid.
         """
         hints = get_type_hints(type(self))
+        positive = {name for kind in type(self).__mro__ for name in vars(kind).get("positive", ())}
         for field in fields(self):
-            _check_field(field.name, getattr(self, field.name), hints[field.name])
+            _check_field(field.name, getattr(self, field.name), hints[field.name], field.name in positive)
 
 
-_POSITIVE = {
-    "epochs",
-    "batch_size",
-    "head_learning_rate",
-    "learning_rate",
-    "magnitude",
-    "random_features",
-    "top_tasks",
-    "ridge",
-    "scale",
-    "samples",
-    "drift_steps",
-    "refit_learning_rate",
-    "centres",
-    "pairs",
-    "layers",
-    "components_per_task",
-    "prompt_length",
-    "g_layers",
-    "e_layers",
-    "g_length",
-    "e_length",
-    "pool_size",
-    "top_k",
-}
-
-
-def _check_field(name: str, value: Any, hint: Any) -> None:
+def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:
     kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
     if value is None and type(None) in kinds:
         return
@@ -87,6 +71,5 @@ def _check_field(name: str, value: Any, hint: Any) -> None:
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise DualLoRAError(f"{name} must be a {'whole' if kind is int else 'finite'} number, not {value!r}.")
-    positive = name in _POSITIVE
     if value < 0 or (positive and value == 0):
         raise DualLoRAError(f"{name} must be {'above' if positive else 'at least'} 0, not {value}.")

@@ -48,6 +48,8 @@ class DualLoRAConfig(MethodConfig):
         drift: whether old rows follow the linear drift of the final features.
     """
 
+    positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
+
     rank: int = 10
     residual_rank: int = 10
     projections: Literal["kv", "qv", "qkv"] = "kv"

@@ -29,6 +29,8 @@ class DualPromptConfig(MethodConfig):
         learning_rate: Adam's learning rate of prompts and keys, cosine to zero.
     """
 
+    positive: ClassVar[tuple[str, ...]] = ("g_layers", "e_layers", "g_length", "e_length")
+
     g_layers: int = 2
     e_layers: int = 3
     g_length: int = 6

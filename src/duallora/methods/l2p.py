@@ -27,6 +27,8 @@ class L2PConfig(MethodConfig):
         learning_rate: Adam's learning rate of prompts and keys, cosine to zero.
     """
 
+    positive: ClassVar[tuple[str, ...]] = ("pool_size", "prompt_length", "top_k")
+
     pool_size: int = 10
     prompt_length: int = 5
     top_k: int = 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class NCMConfig(MethodConfig):
         scale: multiplies the cosines, which alone give all but uniform probabilities; it changes the answer
             only where a class has rows in several tasks, whose probabilities are added.
     """
+
+    positive: ClassVar[tuple[str, ...]] = ("scale",)
 
     scale: float = 20.0
 

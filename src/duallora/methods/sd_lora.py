@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ class SDLoRAConfig(MethodConfig):
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: Adam's learning rate of the pair and of all magnitudes, cosine to zero.
     """
+
+    positive: ClassVar[tuple[str, ...]] = ("magnitude",)
 
     rank: int = 20
     rank_reduction: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class SLCAConfig(MethodConfig):
         refit_epochs: epochs of the alignment.
         refit_learning_rate: learning rate of the alignment (SGD, momentum 0.9), cosine to zero.
     """
+
+    positive: ClassVar[tuple[str, ...]] = ("samples", "refit_learning_rate")
 
     backbone_rate: float = 0.01
     logit_norm: float = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class SLDCConfig(MethodConfig):
         refit_epochs: epochs of the refit.
         refit_learning_rate: Adam's learning rate of the refit, cosine to zero.
     """
+
+    positive: ClassVar[tuple[str, ...]] = ("drift_steps", "samples", "refit_learning_rate")
 
     rank: int = 20
     projections: Literal["kv", "qv", "qkv"] = "kv"
