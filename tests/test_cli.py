@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import random
 import signal
@@ -99,7 +100,7 @@ def test_the_documentation_names_every_option(verb: str) -> None:
 
 def test_the_documentation_names_every_field() -> None:
     text = "".join((DOCS.parent / page).read_text(encoding="utf-8") for page in ("commands.md", "methods.md"))
-    fields = {name for entry in METHODS.values() for name in entry.config.__dataclass_fields__}
+    fields = {field.name for entry in METHODS.values() for field in dataclasses.fields(entry.config)}
     assert not {name for name in fields if f"`{name}`" not in text}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,18 +55,18 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
         method = str(own.pop("name", name))
         if method not in METHODS:
             raise DualLoRAError(f"{asked} names the method {method}{nearest(method, list(METHODS))}")
-        known = METHODS[method].config.__dataclass_fields__
+        known = {field.name for field in fields(METHODS[method].config)}
         unknown = [field for field in own if field not in known]
         if unknown:
             raise DualLoRAError(f"{asked}: the method {method} has no field {unknown[0]}.")
         common = {field: value for field, value in shared.items() if field in known}
         if same_budget:
             kept = {field: value for field, value in own.items() if field not in BUDGET_FIELDS}
-            fields = kept | common
+            values = kept | common
         else:
-            fields = common | own
+            values = common | own
         try:
-            lines.append(Line(name, method, METHODS[method].config(**fields)))
+            lines.append(Line(name, method, METHODS[method].config(**values)))
         except DualLoRAError as error:
             raise DualLoRAError(f"{asked}: {error}") from error
     _check(lines, shared)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
@@ -100,7 +101,7 @@ def _owner(option: str, method: str | None) -> str | None:
     from duallora.methods import METHODS
 
     field = option.removeprefix("--method.").replace("-", "_")
-    owners = [name for name, entry in METHODS.items() if field in entry.config.__dataclass_fields__]
+    owners = [name for name, entry in METHODS.items() if field in {f.name for f in fields(entry.config)}]
     return owners[0] if owners and method not in owners else None
 
 
