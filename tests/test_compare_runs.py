@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -553,9 +554,9 @@ def test_two_jobs_run_at_a_time_and_share_the_threads(
     assert last.log.read_text() == "3\n"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, signal.SIGTERM])
 def test_no_process_outlives_an_interruption(
-    stub: Callable[[str], Job], tmp_path: Path, error: type[BaseException]
+    stub: Callable[[str], Job], tmp_path: Path, error: type[BaseException] | signal.Signals
 ) -> None:
     jobs = [
         stub("echo $$ > first; exec sleep 60"),
@@ -570,10 +571,15 @@ def test_no_process_outlives_an_interruption(
                 assert time.monotonic() < end
                 time.sleep(0.02)
             time.sleep(0.2)  # the numbers are written by then
+            if isinstance(error, signal.Signals):
+                signal.raise_signal(error)
+                raise AssertionError("the signal was ignored")
             raise error
 
-    with pytest.raises(error):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, signal.Signals) else error):
         run_jobs(jobs, 2, interrupt)
+    assert signal.getsignal(signal.SIGTERM) == handler
     for name in ("first", "second"):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / name).read_text()), 0)

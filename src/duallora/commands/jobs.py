@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> 
         Those that failed.
     """
     waiting, running, failed = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), []
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -54,12 +57,17 @@ def run_jobs(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> 
                 tell(f"{job.name}: failed, {_last_line(job.log)}")
             else:
                 tell(f"{job.name}: finished in {time.monotonic() - start:.0f} s")
-    finally:  # after Ctrl-C, or an error here, no process goes on by itself; each can be resumed
+    finally:  # after Ctrl-C, kill or an error here, no process goes on by itself; each can be resumed
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
