@@ -172,6 +172,7 @@ class ContinualLearner:
         Raises:
             DualLoRAError: if a class of the data set has not been learned.
         """
+        self._check_usable()
         data, names = _present_classes(dataset)
         unknown = [name for name in names if name not in self.classes]
         if unknown:

@@ -269,11 +269,10 @@ def _protocol(entries: Sequence[Entry], setting: Setting, same_budget: bool) -> 
     stream, info = setting.stream, setting.backbone.info
     counts = _image_counts(setting)
     trained = sorted({_trained(entry) for entry in entries})
-    budget = (
-        f"one budget for all: {trained[0]}"
-        if same_budget and len(trained) == 1
-        else "training: " + "; ".join(f"{e.name} {_trained(e)}" for e in entries)
-    )
+    budget = trained[0] if len(trained) == 1 else "; ".join(f"{e.name}: {_trained(e)}" for e in entries)
+    rates = {str(e.runs[0]["config"]["method"].get("learning_rate")) for e in entries} - {"None"}
+    if same_budget and len(trained) == 1 and len(rates) == 1:
+        budget = f"one budget for all: {budget}, what is adapted at {rates.pop()}"
     machines = [run["environment"] for entry in entries for run in entry.runs]
     where = {f"{m['device']}, {m['threads']} threads, torch {m['packages']['torch']}" for m in machines}
     return [
@@ -289,7 +288,8 @@ def _protocol(entries: Sequence[Entry], setting: Setting, same_budget: bool) -> 
 
 def _trained(entry: Entry) -> str:
     fields = entry.runs[0]["config"]["method"]
-    return f"{fields['epochs']} epochs, batches of {fields['batch_size']}"
+    rate = fields["head_learning_rate"]
+    return f"{fields['epochs']} epochs, batches of {fields['batch_size']}, heads at {rate}"
 
 
 def _command(given: Mapping[str, Any]) -> str:
