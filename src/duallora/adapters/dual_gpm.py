@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duallora.adapters.subspace import DESIGNED_SCALE, RELATIVE_RANK, top_eigenvectors
+from duallora.adapters.subspace import DESIGNED_SCALE, rank_floor, top_eigenvectors
 
 
 class DualGPM:
@@ -40,7 +40,7 @@ class DualGPM:
     def design(self, moment: Tensor, rank: int) -> Tensor:
         """``D_t`` (d x r'): top eigenvectors of ``P S P``, scaled; r' <= r directions have energy at all."""
         projector = self.complement
-        vectors, _ = top_eigenvectors(projector @ moment @ projector, _floor(moment))
+        vectors, _ = top_eigenvectors(projector @ moment @ projector, rank_floor(moment))
         return vectors[:, : min(rank, self.free)] * DESIGNED_SCALE
 
     def grow(self, moment: Tensor, share: float) -> None:
@@ -51,7 +51,7 @@ class DualGPM:
         """
         residual = self.complement @ moment
         vectors, values, _ = torch.linalg.svd(residual)
-        usable = min(self.free, int((values > _floor(moment)).sum()))
+        usable = min(self.free, int((values > rank_floor(moment)).sum()))
         vectors, energy = vectors[:, :usable], values[:usable].square()
         total, known = moment.square().sum(), moment.square().sum() - residual.square().sum()
         if known >= share * total:
@@ -68,8 +68,3 @@ class DualGPM:
         used = joined.shape[1]
         self.retain = 2 * used > len(full)
         self.basis = (full[:, used:] if self.retain else full[:, :used]).contiguous()
-
-
-def _floor(moment: Tensor) -> float:
-    """What a direction has to exceed to be one and not round-off."""
-    return RELATIVE_RANK * float(torch.linalg.matrix_norm(moment, 2))

@@ -83,17 +83,17 @@ class Subspace:
 
     def design(self, moment: Tensor) -> Tensor:
         """All usable directions of ``S`` outside ``Phi`` (d x m, by falling energy); m = 0 if none."""
-        return top_eigenvectors(self.complement(moment), _floor(moment))[0][:, : self.free]
+        return top_eigenvectors(self.complement(moment), rank_floor(moment))[0][:, : self.free]
 
     def protected(self, moment: Tensor) -> Tensor:
         """Directions of ``S`` inside ``Phi`` by falling energy (d x m); none before the first task."""
         inside = self.phi @ self.phi.T
-        return top_eigenvectors(inside @ moment @ inside, _floor(moment))[0][:, : self.phi.shape[1]]
+        return top_eigenvectors(inside @ moment @ inside, rank_floor(moment))[0][:, : self.phi.shape[1]]
 
     def new_block(self, moment: Tensor, threshold: float) -> Tensor:
         """Fewest directions that lift the captured share of ``trace(S)`` to ``eps_t`` (d x m; m may be 0)."""
         target = energy_share(threshold, len(self.sizes)) * moment.trace()
-        vectors, values = top_eigenvectors(self.complement(moment), _floor(moment))
+        vectors, values = top_eigenvectors(self.complement(moment), rank_floor(moment))
         vectors, values = vectors[:, : self.free], values[: self.free]
         known = (self.phi.T @ moment @ self.phi).trace()
         if known >= target:
@@ -113,10 +113,11 @@ def own_directions(moment: Tensor, taken: Tensor) -> Tensor:
     """Directions of ``S`` outside the span of ``taken`` (d x r), by falling energy (d x m)."""
     used = orthonormal(taken)
     projector = torch.eye(moment.shape[0], dtype=torch.float64) - used @ used.T
-    return top_eigenvectors(projector @ moment @ projector, _floor(moment))[0][
+    return top_eigenvectors(projector @ moment @ projector, rank_floor(moment))[0][
         :, : moment.shape[0] - used.shape[1]
     ]
 
 
-def _floor(moment: Tensor) -> float:
+def rank_floor(moment: Tensor) -> float:
+    """What an eigenvalue of a moment (d, d) has to exceed to belong to a direction and not to round-off."""
     return RELATIVE_RANK * float(torch.linalg.eigvalsh(moment)[-1])
