@@ -96,6 +96,7 @@ def compare(
         options += ["--backbone-file", str(backbone_file)]
     for line in lines:  # a foreign run of any seed is refused now, not when all others have been run
         _entry(line, setting, out)
+    _write_configs(lines, setting, out)
     missing = _missing(lines, numbers, setting, out, options)
     if missing:
         features = _keep_features(setting, out, device)
@@ -130,25 +131,29 @@ def _folder(out: Path, line: Line, seed: int) -> Path:
 def _missing(
     lines: Sequence[Line], seeds: Sequence[int], setting: Setting, out: Path, options: Sequence[str]
 ) -> list[Job]:
-    """The runs that are not finished, all lines of a seed before the next seed; writes each line's YAML."""
-    from duallora.checkpoint import write_atomic
-
+    """The runs that are not finished, all lines of a seed before the next seed."""
     jobs = []
     for seed in seeds:
         for line in lines:
             folder = _folder(out, line, seed)
             if _finished(folder, line, setting, seed) is not None:
                 continue
-            config = out / "configs" / f"{line.name}.yaml"
-            config.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(config, _yaml(line, setting))
-            words = ("run", "--config", str(config), "--seed", str(seed), "--out", str(folder), *options)
+            config = str(out / "configs" / f"{line.name}.yaml")
+            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options)
             jobs.append(Job(f"{line.name}, seed {seed}", words, out / "logs" / f"{folder.name}.log"))
     return jobs
 
 
+def _write_configs(lines: Sequence[Line], setting: Setting, out: Path) -> None:
+    """Writes for each line what ``duallora run --config`` takes to repeat its runs; JSON is YAML."""
+    from duallora.checkpoint import write_atomic
+
+    (out / "configs").mkdir(parents=True, exist_ok=True)
+    for line in lines:
+        write_atomic(out / "configs" / f"{line.name}.yaml", _yaml(line, setting))
+
+
 def _yaml(line: Line, setting: Setting) -> bytes:
-    """What ``duallora run --config`` takes to repeat a run of this line; JSON is YAML."""
     asked = setting.asked(line.method, line.config, 0)
     asked["domains"] = ",".join(asked["domains"]) or None
     kept = {key: asked[key] for key in asked if key not in ("seed", "backbone_file", "backbone_sha256")}
