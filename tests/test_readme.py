@@ -1,7 +1,7 @@
 """The examples of the README run as they stand there, on generated folders of tiny images.
 
 Run are the fenced blocks marked ``python`` and ``sh``. Blocks without a mark are not: ``make run`` and
-``make test`` install an environment. What differs from the README is that every ``duallora run`` is followed
+``make test`` install an environment. What differs from the README is that every ``duallora run`` and ``compare`` is followed
 by options that make it small (whole, the digits and the reference runs take minutes), and that it times
 the speed of inference on a few images only.
 """
@@ -39,7 +39,7 @@ def command_lines(block: str) -> list[str]:
 def words_of(line: str) -> list[str]:
     name, *words = shlex.split(line, comments=True)
     assert name == "duallora", line
-    if words[0] != "run":
+    if words[0] not in ("run", "compare"):
         return words
     return words + (SMALLER if "--stream" in words else SMALLER_DIGITS)
 
@@ -89,12 +89,22 @@ def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classes(here / "images/birds", 12, classes=2, images=12)
     lines = command_lines(blocks("sh")[0])
     verbs = [words_of(line)[0] for line in lines]
-    assert sorted(set(verbs)) == ["evaluate", "inspect", "learn", "predict", "run", "undo"]
+    assert sorted(set(verbs)) == [
+        "compare",
+        "evaluate",
+        "inspect",
+        "learn",
+        "methods",
+        "predict",
+        "run",
+        "undo",
+    ]
     for line in lines:
         assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
     assert {"results.json", "report.md", "predictions.csv", "model"} <= {
         path.name for path in (here / "runs/first").iterdir()
     }
+    assert {"compare.csv", "compare.md", "compare.html"} <= {p.name for p in (here / "runs/compared").iterdir()}
 
 
 def test_commands_of_the_reference_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
