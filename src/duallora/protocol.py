@@ -74,7 +74,8 @@ def run_stream(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         learner, rows = _start(fresh, backbone, directory, stream, device, progress)
-        learner.method.cache = features
+        if features is not None:
+            learner.method.cache = features
         tests = _cached_tests(stream)
         _learn(learner, stream, tests, rows, directory, progress)
         final = _final_pass(learner, tests, directory, progress)

