@@ -1,9 +1,9 @@
 """The examples of the README run as they stand there, on generated folders of tiny images.
 
 Run are the fenced blocks marked ``python`` and ``sh``. Blocks without a mark are not: ``make run`` and
-``make test`` install an environment. What differs from the README is that every ``duallora run`` and ``compare`` is followed
-by options that make it small (whole, the digits and the reference runs take minutes), and that it times
-the speed of inference on a few images only.
+``make test`` install an environment. What differs from the README is that every ``duallora run`` and
+``compare`` is followed by options that make it small (whole, the digits and the reference runs take minutes),
+and that the speed of inference is timed on a few images only.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"results.json", "report.md", "predictions.csv", "model"} <= {
         path.name for path in (here / "runs/first").iterdir()
     }
-    assert {"compare.csv", "compare.md", "compare.html"} <= {p.name for p in (here / "runs/compared").iterdir()}
+    compared = {path.name for path in (here / "runs/compared").iterdir()}
+    assert {"compare.csv", "compare.md", "compare.html"} <= compared
 
 
 def test_commands_of_the_reference_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
