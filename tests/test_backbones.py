@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from duallora.backbones import EMBEDDED_FILE, BackboneInfo, load_backbone, state_sha256
 from duallora.errors import DualLoRAError
-from tiny import tiny_backbone, tiny_images, tiny_model
+from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images, tiny_model
 
 EMBEDDED_SHA256 = "8ede3b3ba83e108d57ca1d63d872e2c7eac94d997864421a81dedc099d89cc74"
 EMBEDDED_PATH = Path(str(resources.files("duallora") / "weights" / EMBEDDED_FILE))
@@ -41,6 +41,7 @@ def test_embedded_weights_and_preprocessing(embedded):
     assert info.std == (0.229, 0.224, 0.225)
     assert info.input_size == (3, 64, 64)
     assert (embedded.dim, embedded.depth, embedded.feature_dim) == (192, 6, 192)
+    assert (embedded.early, embedded.row_dim) == (2, 4 * 192)
     assert embedded.has_class_token and embedded.num_prefix_tokens == 1
     assert embedded.pooling == "class token"
     classifier = 192 * 100 + 100
@@ -55,7 +56,7 @@ def test_embedded_tensors_are_those_of_the_file_in_fp32(embedded):
         for key in kept:
             assert torch.equal(opened.get_tensor(key).to(state[key].dtype), state[key])
     assert {p.dtype for p in embedded.parameters()} == {torch.float32}
-    assert embedded(torch.zeros(2, 3, 64, 64)).shape == (2, 192)
+    assert embedded(torch.zeros(2, 3, 64, 64)).shape == (2, 4 * 192)
 
 
 def test_model_card_names_the_shipped_file():
@@ -89,8 +90,113 @@ def test_feature_is_what_timm_gives_before_its_classifier():
     model, images = tiny_model(), tiny_images()
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
     backbone = tiny_backbone()
-    assert torch.equal(backbone(images), expected)
+    assert torch.equal(backbone(images)[:, : backbone.feature_dim], expected)
     assert backbone.attention(1) is backbone.model.blocks[1].attn
+
+
+# Family, changes, and the parts behind the final feature: mean patch token after the last block, class token
+# and mean patch token as they enter the attention of the early layer.
+ABOVE, CLASS, BELOW = "above", "class", "below"
+PARTS = [
+    *((family, {}, (ABOVE, CLASS, BELOW)) for family in FAMILIES if family != "siglip"),
+    ("siglip", {}, (ABOVE, BELOW)),
+    ("vit", {"global_pool": "avg"}, (CLASS, BELOW)),
+    ("vit", {"global_pool": "avg", "class_token": False}, (BELOW,)),
+    ("vit", {"global_pool": "avg", "fc_norm": False}, (CLASS, BELOW)),
+    ("dinov2_registers", {"global_pool": "avg"}, (CLASS, BELOW)),
+    ("vit", {"global_pool": "max"}, (ABOVE, CLASS, BELOW)),
+    ("vit", {"depth": 1}, (ABOVE,)),
+    ("siglip", {"depth": 1}, (ABOVE,)),
+    ("vit", {"depth": 1, "global_pool": "avg"}, ()),
+    ("vit", {"depth": 3}, (ABOVE, CLASS, BELOW)),
+    ("vit", {"depth": 7}, (ABOVE, CLASS, BELOW)),
+]
+every_kind = pytest.mark.parametrize(
+    ("family", "changes", "parts"),
+    PARTS,
+    ids=[" ".join([family, *(f"{k}={v}" for k, v in changes.items())]) for family, changes, _ in PARTS],
+)
+
+
+def timm_alone(family, changes, images):
+    """Final feature, tokens after the last block and what enters the attention of the early layer."""
+    model, entering = tiny_model(family, **changes), []
+    depth = len(model.blocks)
+    early = {1: None, 2: 1, 3: 1, 7: 2}[depth]
+    if early is not None:
+        model.blocks[early].norm1.register_forward_hook(lambda _, __, y: entering.append(y))
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+        return model.forward_head(tokens, pre_logits=True), tokens, *(entering or [None])
+
+
+@every_kind
+def test_the_columns_are_timms_own(family, changes, parts):
+    backbone, images = tiny_backbone(family, **changes), tiny_images()
+    final, tokens, entering = timm_alone(family, changes, images)
+    first = backbone.num_prefix_tokens
+    expected = [final]
+    for part in parts:
+        if part == CLASS:
+            expected.append(entering[:, 0])
+        else:
+            expected.append((tokens if part == ABOVE else entering)[:, first:].mean(1))
+    expected = torch.cat(expected, 1)
+    found = backbone(images)
+    assert found.shape == (3, backbone.row_dim) == expected.shape
+    assert backbone.feature_dim == WIDTH and backbone.row_dim == (1 + len(parts)) * WIDTH
+    assert torch.equal(found[:, :WIDTH], final)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    columns = found.split(WIDTH, 1)
+    for i, a in enumerate(columns):
+        assert all((a - b).abs().max() > 1e-2 for b in columns[:i]), "no part is another one again"
+        assert (a - a.roll(1, 0)).abs().max() > 1e-4, "every part depends on the image"
+
+
+@every_kind
+def test_an_image_has_its_columns_in_any_batch(family, changes, parts):
+    backbone, images = tiny_backbone(family, **changes), tiny_images(4)
+    alone = torch.cat([backbone(image[None]) for image in images])
+    torch.testing.assert_close(backbone(images), alone, rtol=0, atol=1e-5)
+
+
+@every_kind
+def test_gradients_reach_the_final_feature_from_every_block(family, changes, parts):
+    backbone, images = tiny_backbone(family, **changes), tiny_images()
+    weights = [backbone.attention(layer).qkv.weight.requires_grad_() for layer in range(backbone.depth)]
+    direction = torch.linspace(-1, 1, WIDTH)
+    found = torch.autograd.grad((backbone(images)[:, :WIDTH] * direction).sum(), weights)
+    model = tiny_model(family, **changes)
+    same = [block.attn.qkv.weight for block in model.blocks]
+    plain = model.forward_head(model.forward_features(images), pre_logits=True)
+    expected = torch.autograd.grad((plain * direction).sum(), same)
+    for a, b in zip(found, expected, strict=True):
+        assert b.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+@every_kind
+def test_under_autocast_all_parts_are_in_fp32_and_near(family, changes, parts):
+    backbone, images = tiny_backbone(family, **changes), tiny_images()
+    plain = backbone(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = backbone(images)
+    assert plain.dtype == rounded.dtype == torch.float32
+    for a, b in zip(rounded.split(WIDTH, 1), plain.split(WIDTH, 1), strict=True):
+        assert 0 < (a - b).abs().max() < 0.1 * b.abs().max()
+
+
+def test_what_lies_below_the_adapters_does_not_move_with_them():
+    backbone, images = tiny_backbone(depth=6), tiny_images()
+    plain = backbone(images)
+    assert backbone.early == 2
+    with torch.no_grad():
+        for layer in range(2, 6):
+            backbone.attention(layer).qkv.weight.mul_(1.5)
+    moved = backbone(images)
+    assert torch.equal(moved[:, 2 * WIDTH :], plain[:, 2 * WIDTH :])
+    for part in (0, WIDTH):
+        assert (moved - plain)[:, part : part + WIDTH].abs().max() > 1e-2
 
 
 def test_info_survives_json():
@@ -132,7 +238,7 @@ def test_random_timm_model_is_always_the_same_and_carries_its_data_config():
     assert first.info.mean == config["mean"] and first.info.std == config["std"]
     assert first.info.input_size == config["input_size"]
     assert (first.info.interpolation, first.info.crop_pct) == (config["interpolation"], config["crop_pct"])
-    assert first(torch.zeros(1, *first.info.input_size)).shape == (1, first.feature_dim)
+    assert first(torch.zeros(1, *first.info.input_size)).shape == (1, first.row_dim)
 
 
 def test_sha256_of_a_model_depends_on_its_weights_alone():

@@ -264,7 +264,11 @@ def _weights(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "truncated": (lambda m: os.truncate(m / "model.json", 100), ["model.json", "truncated"]),
     "foreign": (lambda m: (m / "model.json").write_text('{"model": 1}') and None, ["not a model"]),
-    "newer format": (_edit(lambda m: m.update(format_version=2)), ["newer duallora", "upgrade"]),
+    "newer format": (_edit(lambda m: m.update(format_version=3)), ["newer duallora", "upgrade"]),
+    "earlier format": (
+        _edit(lambda m: m.update(format_version=1)),
+        ["earlier duallora", "teach the model again", "the version that wrote it"],
+    ),
     "tampered weights": (_weights(lambda data: data[:-1] + b"\x7f"), ["model-", "sha256"]),
     "truncated weights": (_weights(lambda data: data[:100]), ["model-", "sha256"]),
     "another backbone": (

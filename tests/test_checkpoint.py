@@ -211,11 +211,11 @@ def test_a_truncated_manifest_is_refused_and_not_replaced(model: Path) -> None:
         '{"format_version": "1"}',
         '{"format_version": true}',
         '{"format_version": 0}',
-        '{"format_version": 1}',
-        '{"format_version": 1, "weights": "a", "files": {"a": 3}}',
-        '{"format_version": 1, "weights": "../x.safetensors", "files": {"../x.safetensors": "00"}}',
-        '{"format_version": 1, "weights": ["a"], "files": {}}',
-        json.dumps({"format_version": 1, "weights": NAME, "files": {NAME: 1}}),
+        '{"format_version": 2}',
+        '{"format_version": 2, "weights": "a", "files": {"a": 3}}',
+        '{"format_version": 2, "weights": "../x.safetensors", "files": {"../x.safetensors": "00"}}',
+        '{"format_version": 2, "weights": ["a"], "files": {}}',
+        json.dumps({"format_version": 2, "weights": NAME, "files": {NAME: 1}}),
         json.dumps({"format_version": True, "weights": NAME, "files": {NAME: "00"}}),
     ],
 )
@@ -246,6 +246,34 @@ def test_a_newer_format_is_refused_and_not_replaced(model: Path) -> None:
         with pytest.raises(DualLoRAError, match=r"newer duallora .*upgrade"):
             act()
     assert (model / "model.json").read_text() == newer
+
+
+def test_an_earlier_format_is_refused_with_the_remedy_and_not_replaced(model: Path) -> None:
+    manifest = checkpoint.read_manifest(model)
+    for version in range(1, checkpoint.FORMAT_VERSION):
+        earlier = json.dumps({**manifest, "format_version": version})
+        (model / "model.json").write_text(earlier)
+        for act in (
+            lambda: checkpoint.read(model),
+            lambda: checkpoint.read_manifest(model),
+            lambda: save(model, 3),
+            lambda: checkpoint.undo(model),
+        ):
+            with pytest.raises(
+                DualLoRAError, match=rf"earlier duallora \(format {version}, .*teach"
+            ) as caught:
+                act()
+            assert "\n" not in str(caught.value)
+            assert "the version that wrote it" in str(caught.value)
+        assert (model / "model.json").read_text() == earlier
+
+
+@pytest.mark.parametrize("version", [0, -1, None, "1", 1.0, True])
+def test_a_format_that_never_was_is_no_model(model: Path, version: object) -> None:
+    manifest = checkpoint.read_manifest(model)
+    (model / "model.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(DualLoRAError, match="not a model saved by duallora"):
+        checkpoint.read(model)
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "folder", "file"])

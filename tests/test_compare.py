@@ -46,7 +46,7 @@ from duallora.results import images_per_second
 from duallora.streams import Stream, TaskDataset, all_at_once
 from duallora.streams.domains import with_domains
 from small_tasks import new_learner, small_config, three_tasks, unseen
-from tiny import IMAGE, tiny_backbone
+from tiny import IMAGE, WIDTH, tiny_backbone
 
 # Two tasks of 10 and 30 test images. All of it is made up, so that every figure is told from every other.
 RUN: Results = {
@@ -632,7 +632,7 @@ def test_kept_features_are_those_of_the_evaluation_bit_for_bit(tmp_path: Path) -
     kept = FrozenFeatures.compute(backbone, images.split(64))
     assert len(kept) == 100
     kept.save(tmp_path / "features.safetensors")
-    loaded = FrozenFeatures.load(tmp_path / "features.safetensors")
+    loaded = FrozenFeatures.load(tmp_path / "features.safetensors", backbone)
     assert len(loaded) == 100
     with torch.no_grad():
         plain_features = torch.cat([backbone(batch) for batch in images.split(64)])
@@ -681,19 +681,40 @@ def test_features_that_cannot_be_read_are_refused(tmp_path: Path, damage: Callab
     FrozenFeatures.compute(tiny_backbone(), [pictures(3)]).save(path)
     damage(path)
     with pytest.raises(DualLoRAError, match=r"features\.safetensors holds no features .* delete it"):
-        FrozenFeatures.load(path)
+        FrozenFeatures.load(path, tiny_backbone())
+
+
+@pytest.mark.parametrize("width", [WIDTH, 5 * WIDTH, 0])
+def test_features_of_another_width_are_refused(tmp_path: Path, width: int) -> None:
+    """A file of an earlier version holds the final features alone."""
+    path, backbone = tmp_path / "features.safetensors", tiny_backbone()
+    keys = torch.arange(48, dtype=torch.uint8).reshape(3, 16)
+    FrozenFeatures(keys, torch.zeros(3, width)).save(path)
+    expected = f"holds features of width {width}, but those of tiny-vit have width {backbone.row_dim}"
+    with pytest.raises(DualLoRAError, match=rf"features\.safetensors {expected}.*; delete it") as caught:
+        FrozenFeatures.load(path, backbone)
+    assert "\n" not in str(caught.value)
+    FrozenFeatures(keys, torch.zeros(3, backbone.row_dim)).save(path)
+    assert len(FrozenFeatures.load(path, backbone)) == 3
+
+
+def test_features_without_rows_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "features.safetensors"
+    FrozenFeatures(torch.arange(48, dtype=torch.uint8).reshape(3, 16), torch.zeros(128)).save(path)
+    with pytest.raises(DualLoRAError, match="holds features of width 128"):
+        FrozenFeatures.load(path, tiny_backbone())
 
 
 class Lying(FrozenFeatures):
     """Says of every image that its features are zero, and counts how often it was asked."""
 
     def __init__(self) -> None:
-        super().__init__(torch.zeros(0, 16, dtype=torch.uint8), torch.zeros(0, 32))
+        super().__init__(torch.zeros(0, 16, dtype=torch.uint8), torch.zeros(0, 4 * WIDTH))
         self.asked = 0
 
     def lookup(self, images: torch.Tensor) -> torch.Tensor:
         self.asked += 1
-        return torch.zeros(len(images), 32)
+        return torch.zeros(len(images), 4 * WIDTH)
 
 
 def test_a_method_takes_its_frozen_features_from_the_cache_where_it_has_them() -> None:

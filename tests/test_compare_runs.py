@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from command_line import Call, Called, assert_refused, caller, images, on_disk, use_tiny_backbone
@@ -27,6 +28,7 @@ from duallora.commands.arguments import parse
 from duallora.commands.jobs import Job, run_jobs
 from duallora.features import FrozenFeatures
 from duallora.results import MEASURED
+from tiny import tiny_backbone
 
 SMALL = ["--classes", "4", "--tasks", "2", "--train-per-class", "6", "--holdout", "3", "--device", "cpu"]
 BUDGET = ["--same-budget", "--epochs", "1"]
@@ -174,7 +176,7 @@ def test_the_kept_configuration_repeats_a_run(call: Call, finished: Path, name: 
     "words",
     [
         ["--domains", "photo, negative", "--order", "alphabetical", "--augment", "none"],
-        ["--tasks", "3", "--method.learning_rate", "1e-05", "--method.ridge", "1e-12"],
+        ["--tasks", "3", "--method.learning_rate", "1e-05", "--method.tau", "1e-12"],
     ],
 )
 def test_a_kept_configuration_says_all_that_the_run_was_asked_for(
@@ -466,7 +468,9 @@ def test_the_features_of_a_comparison_are_read_and_computed_once(
     assert call(*_words(tmp_path, "ncm,linear", seeds="0")).code == 0
     assert len(asked) > 8 and all(asked)
     (path,) = (tmp_path / "out").glob("features-*.safetensors")
-    assert len(FrozenFeatures.load(path)) == 36
+    backbone = tiny_backbone()
+    assert path.name == f"features-{backbone.info.sha256[:12]}-{backbone.row_dim}.safetensors"
+    assert len(FrozenFeatures.load(path, backbone)) == 36
     stamp = path.stat().st_mtime_ns
     assert call(*_words(tmp_path, "ncm", seeds="1")).code == 0
     assert path.stat().st_mtime_ns == stamp
@@ -483,6 +487,28 @@ def test_features_that_cannot_be_read_are_refused_before_the_runs(
     assert started == []
     path.unlink()
     assert call(*_words(finished, "ncm", seeds="5")).code == 0
+
+
+def test_kept_features_of_another_width_are_not_used(
+    call: Call, started: Started, finished: Path, tmp_path: Path
+) -> None:
+    """Those of an earlier version hold the final feature alone; compare passes them by, run refuses them."""
+    backbone = tiny_backbone()
+    (path,) = (finished / "out").glob("features-*.safetensors")
+    old = finished / "out" / f"features-{backbone.info.sha256[:12]}.safetensors"
+    kept = safetensors.torch.load_file(path)
+    narrow = kept["features"][:, : backbone.feature_dim].contiguous()
+    safetensors.torch.save_file({"keys": kept["keys"], "features": narrow}, old)
+    path.unlink()
+    assert call(*_words(finished, "ncm", seeds="5")).code == 0
+    assert path.exists() and old.exists()
+    assert len(FrozenFeatures.load(path, backbone)) == len(kept["keys"])
+    words = ["--method", "ncm", "--out", tmp_path / "run", *SMALL, "--features", old]
+    refused = call("run", *words)
+    assert_refused(
+        refused, f"width {backbone.feature_dim}", f"width {backbone.row_dim}", "leave --features out"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -127,6 +127,16 @@ def test_heads_lie_side_by_side_in_the_order_of_the_tasks() -> None:
     assert_close(heads.current(f), expected[:, 4:], rtol=1e-5, atol=1e-5)
 
 
+def test_heads_read_the_first_columns_alone() -> None:
+    heads, f = Heads(6, CPU), torch.randn(4, 9, requires_grad=True)
+    for task, classes in enumerate([3, 2]):
+        heads.open(classes, torch.Generator().manual_seed(task))
+    assert torch.equal(heads(f), heads(f[:, :6])) and torch.equal(heads.current(f), heads.current(f[:, :6]))
+    heads(f).square().sum().backward()
+    assert f.grad is not None and not f.grad[:, 6:].any()
+    assert float(f.grad[:, :6].abs().min()) > 0
+
+
 def test_a_head_is_drawn_from_its_generator_alone() -> None:
     torch.manual_seed(0)
     first, second, other = Heads(6, CPU), Heads(6, CPU), Heads(6, CPU)

@@ -366,7 +366,7 @@ def test_an_unknown_method_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_what_the_manifest_says(learner: ContinualLearner, saved: Path) -> None:
     manifest = json.loads((saved / "model.json").read_text())
-    assert manifest["format_version"] == 1 and manifest["previous"] is None
+    assert manifest["format_version"] == 2 and manifest["previous"] is None
     assert manifest["classes"] == learner.classes == ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
     assert [task["name"] for task in manifest["tasks"]] == ["task 1", "task 2", "task 3"]
     assert manifest["tasks"][1]["classes"] == ["cat", "dog", "elk"]

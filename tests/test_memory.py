@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from duallora.memory import KAPPAS, ClassMoments, RowMemory, sum_rows
+from duallora.memory import KAPPAS, ClassMoments, RowMemory, shrunk, sum_rows
 
 DIM, CPU = 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-4, check_dtype=False)
@@ -38,6 +38,18 @@ def naive_moments(features: Tensor, labels: Tensor, classes: int) -> tuple[Tenso
     return mean, scatter
 
 
+def naive_covariance(scatter: Tensor, freedom: int) -> Tensor:
+    """The covariance shrunk to its diagonal, entry by entry."""
+    dim = len(scatter)
+    weight = sorted([1e-4, (dim / freedom) ** 1.5 / 2, 10.0])[1]
+    sigma = scatter / freedom
+    variances = [float(sigma[j, j]) for j in range(dim)]
+    floor = max(sum(variances) / dim / 1000, 1e-4)
+    for j, variance in enumerate(variances):
+        sigma[j, j] += weight * max(variance, floor)
+    return sigma
+
+
 class Naive:
     """Rows of several tasks, every quantity by its definition, image by image."""
 
@@ -48,9 +60,7 @@ class Naive:
         parts = [naive_moments(f, y, int(y.max()) + 1) for f, y in tasks]
         self.mean = torch.cat([mean for mean, _ in parts])
         scatter = sum(scatter for _, scatter in parts)
-        sigma0 = scatter / max(int(self.count.sum()) - len(self.count), 1)
-        ridge = max(0.1 * float(sigma0.trace()) / DIM, 1e-4)
-        self.sigma = sigma0 + ridge * torch.eye(DIM, dtype=torch.float64)
+        self.sigma = naive_covariance(scatter, max(int(self.count.sum()) - len(self.count), 1))
         self.inverse = torch.linalg.inv(self.sigma)
 
     def mean_without(self, row: int, f0: Tensor) -> Tensor:
@@ -187,13 +197,77 @@ def test_scores_differ_from_the_formula_by_a_constant_per_image(memory: RowMemor
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_covariance_is_regularised_by_its_trace_and_by_a_floor(scale: float) -> None:
-    """At the small scale a tenth of the mean variance is below 1e-4, and the floor decides."""
+def test_covariance_is_regularised_by_its_diagonal_and_by_a_floor(scale: float) -> None:
+    """At the small scale all variances are below 1e-4, and the floor decides."""
     features, labels = task_images(3, 9, 0)
     features = features * scale
     naive, memory = Naive([(features, labels)]), learned([(features, labels)])
     expected = torch.stack([naive.distances(f).min() for f in features])
     near(memory.distance(features)[0], expected, rtol=1e-3)
+
+
+def spread_out(dim: int = DIM, seed: int = 0) -> Tensor:
+    """A covariance with correlations, and variances that differ."""
+    a = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return a @ a.T + torch.eye(dim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "weight"),
+    [(1, 0.5 * 6**1.5), (6, 0.5), (24, 0.0625), (600, 5e-4), (6 * 300**2, 1e-4), (1e9, 1e-4)],
+)
+def test_many_images_leave_the_covariance_and_few_leave_its_diagonal(freedom: float, weight: float) -> None:
+    sigma = spread_out()
+    found = shrunk(sigma * freedom, freedom)
+    assert_close(found, sigma + weight * torch.diag(sigma.diagonal()), rtol=1e-9, atol=1e-9)
+
+
+def test_in_many_dimensions_the_diagonal_counts_ten_times_at_most() -> None:
+    sigma = spread_out(64)
+    expected = sigma + 10 * torch.diag(sigma.diagonal())
+    for freedom in (1.0, 2.0, 8.0):
+        assert_close(shrunk(sigma * freedom, freedom), expected, rtol=1e-9, atol=1e-9)
+    assert float((shrunk(sigma * 16, 16.0) - expected).abs().max()) > 0.1
+
+
+def test_the_scale_of_a_single_feature_does_not_change_scores(tasks: list[tuple[Tensor, Tensor]]) -> None:
+    scale = torch.tensor([1.0, 3.0, 0.4, 8.0, 1.0, 0.7])
+    plain, scaled = learned(tasks), learned([(f * scale, y) for f, y in tasks])
+    probes = torch.randn(20, DIM, generator=torch.Generator().manual_seed(2))
+    assert scaled.kappa == plain.kappa
+    near(scaled.log_q(probes * scale), plain.log_q(probes), atol=1e-3)
+    near(scaled.distance(probes * scale)[0], plain.distance(probes)[0], rtol=1e-3)
+    near(scaled.familiarity(probes * scale), plain.familiarity(probes), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_a_feature_without_variance_is_no_division_by_zero(apart: float) -> None:
+    """Constant everywhere it says nothing; where it tells classes apart it says all."""
+    features, labels = task_images(3, 9, 0, spread=3.0)
+    features = features.index_fill(1, torch.tensor([2]), 5.0)
+    features[:, 2] += apart * labels
+    memory, naive = learned([(features, labels)]), Naive([(features, labels)])
+    assert float(memory.moments.scatter[2].abs().max()) < 1e-9, "the feature is dead in every class"
+    probes, found = features + 0.3, memory.log_q(features)
+    assert bool(found.isfinite().all()) and bool(memory.familiarity(probes).isfinite().all())
+    expected = torch.stack([(memory.kappa * naive.scores(f)).log_softmax(0) for f in features])
+    near(found, expected, rtol=1e-3, atol=1e-3)
+    assert bool(found.argmax(1).eq(labels).all()) == bool(apart)
+
+
+def test_classes_of_a_single_image_each_are_told_by_the_nearest() -> None:
+    """There is no scatter at all: what is left is the floor, the same in every direction."""
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randn(5, DIM, generator=generator)
+    memory = learned([(images[:3], torch.arange(3)), (images[3:], torch.arange(2))])
+    assert not bool(memory.moments.scatter.any())
+    weight = sorted([1e-4, DIM**1.5 / 2, 10.0])[1]
+    assert_close(shrunk(memory.moments.scatter, 1.0), 1e-4 * weight * torch.eye(DIM, dtype=torch.float64))
+    probes = torch.randn(40, DIM, generator=generator)
+    found = memory.log_q(probes)
+    assert bool(found.isfinite().all()) and bool(memory.familiarity(probes).isfinite().all())
+    assert found.argmax(1).tolist() == torch.cdist(probes, images).argmin(1).tolist()
+    assert memory.log_q(images).argmax(1).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("task", [0, 1, 2])

@@ -83,6 +83,24 @@ def test_what_stands_for_an_image(class_token: bool, prefix: int, layer: int, ex
         assert torch.allclose(found, mean, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("class_token", "prefix", "layer", "parts"),
+    [(True, 1, 1, 2), (True, 5, 2, 2), (True, 1, 0, 1), (False, 0, 0, 1), (False, 0, 4, 1), (False, 4, 1, 1)],
+)
+def test_what_the_gate_reads_of_an_image(class_token: bool, prefix: int, layer: int, parts: int) -> None:
+    """The mean patch token; before it the class token, where that has seen the image already."""
+    x = torch.randn(3, prefix + PATCHES, DIM)
+    reader = TokenReader(class_token, prefix)
+    assert reader.parts(layer) == parts
+    found = reader.description(x.bfloat16(), layer)
+    assert found.dtype == torch.float32 and found.shape == (3, parts * DIM)
+    found = reader.description(x, layer)
+    mean = torch.stack([x[:, i] for i in range(prefix, prefix + PATCHES)]).mean(0)
+    assert torch.allclose(found[:, -DIM:], mean, atol=1e-6)
+    assert parts == 1 or torch.equal(found[:, :DIM], x[:, 0])
+    assert torch.equal(found[:, :DIM], reader.summary(x, layer)), "energies are read of the first columns"
+
+
 def wrapped(
     family: str = "vit", groups: tuple[str, ...] = ("q", "k", "v")
 ) -> tuple[Backbone, dict[int, AdaptedQKV]]:

@@ -23,7 +23,7 @@ from small_tasks import (
     three_tasks,
     unseen,
 )
-from tiny import FAMILIES, tiny_backbone, tiny_images
+from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 
 TEN = [f"class {k}" for k in range(10)]
 
@@ -31,7 +31,7 @@ TEN = [f"class {k}" for k in range(10)]
 def features_of(learner: ContinualLearner, data: Patterns) -> torch.Tensor:
     """Final features of an untouched backbone (n, d)."""
     images = torch.stack([learner.preprocess(image) for image in data.images])
-    features: torch.Tensor = tiny_backbone()(images)
+    features: torch.Tensor = tiny_backbone()(images)[:, :WIDTH]
     return features
 
 
@@ -89,8 +89,7 @@ def test_a_method_that_trains_says_why_a_single_class_is_skipped() -> None:
 @pytest.mark.parametrize("name", ["ncm", "ranpac"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_the_bare_backbone(name: str, family: str) -> None:
-    entry = METHODS[name]
-    method = entry.method(tiny_backbone(family), entry.config(random_features=8), 0)
+    method = METHODS[name].method(tiny_backbone(family), small_config(name), 0)
     assert torch.equal(method.extract(tiny_images()), tiny_backbone(family)(tiny_images()))
 
 
@@ -211,12 +210,22 @@ def test_a_first_session_survives_saving(tmp_path: Path) -> None:
     assert_same_outputs(loaded.outputs(unseen(three_tasks())), learner.outputs(unseen(three_tasks())))
 
 
-def test_one_random_feature_model_serves_both(tmp_path: Path) -> None:
-    shared = taught("ranpac", three_tasks(), class_model="random_features")
-    assert ranpac(shared).ridge is shared.method.random
-    own = taught("ranpac", three_tasks())
-    assert shared.tasks[-1].stored_bytes <= own.tasks[-1].stored_bytes
-    assert not any(key.startswith("ridge.") for key in shared.method.state())
+def test_the_ridge_regression_is_saved_beside_the_rows(tmp_path: Path) -> None:
+    learner = taught("ranpac", three_tasks())
+    stored = {key for key in learner.method.state() if key.startswith("ridge.")}
+    assert stored == {f"ridge.{key}" for key in ranpac(learner).ridge.state()} and stored
+    loaded = reloaded(learner, tmp_path / "model")
+    assert torch.equal(ranpac(loaded).ridge.weight, ranpac(learner).ridge.weight)
     data = unseen(three_tasks())
-    assert torch.equal(shared.outputs(data).heads, own.outputs(data).heads)
-    assert_same_outputs(reloaded(shared, tmp_path / "model").outputs(data), shared.outputs(data))
+    assert_same_outputs(loaded.outputs(data), learner.outputs(data))
+
+
+def test_the_ridge_regression_and_the_prototypes_read_the_final_feature_alone() -> None:
+    for name in ("ncm", "ranpac"):
+        learner = taught(name, three_tasks())
+        features = learner.method.features(tiny_images())
+        other = features.clone()
+        other[:, WIDTH:] += 1.0
+        assert features.shape[1] > WIDTH
+        assert torch.equal(learner.method.head_logits(other), learner.method.head_logits(features))
+        assert not torch.allclose(learner.method.rows.log_q(other), learner.method.rows.log_q(features))

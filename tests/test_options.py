@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from duallora import METHODS, ContinualLearner, DualLoRAConfig, DualLoRAError, FrozenConfig, LoRAConfig
+from duallora.methods.config import MethodConfig
+from duallora.methods.ranpac import RanPACConfig
 from duallora.outputs import Outputs
 from small_tasks import (
     Patterns,
@@ -69,11 +71,6 @@ CASES: list[Case] = [
     ({"calibration": "task"}, {"tau": 2.0}, CALIBRATED),
     ({"calibration": "task"}, {"tau": 0.0}, CALIBRATED),
     ({"calibration": "task"}, {"relevance": "energy"}, EVERYTHING),
-    ({}, {"class_model": "random_features"}, ROWS),
-    ({}, {"random_features": 24}, ()),
-    ({"class_model": "random_features"}, {"random_features": 24}, ROWS),
-    ({}, {"ridge": 10.0}, ()),
-    ({"class_model": "random_features"}, {"ridge": 1e4}, ROWS),
 ]
 
 
@@ -134,7 +131,6 @@ def test_an_option_of_duallora(case: Case, tmp_path: Path) -> None:
         ({"first_adapted_layer": 2}, EVERYTHING),
         ({"first_adapted_layer": 0}, EVERYTHING),
         ({"learning_rate": 1e-2}, EVERYTHING),
-        ({"class_model": "random_features"}, ROWS),
         ({"calibration": "none"}, CALIBRATED),
     ],
     ids=str,
@@ -144,6 +140,22 @@ def test_an_option_of_lora(change: dict[str, Any], expected: tuple[str, ...], tm
     outputs = learner.outputs(unseen(three_tasks()))
     assert_same_outputs(reloaded(learner, tmp_path, depth=DEPTH).outputs(unseen(three_tasks())), outputs)
     assert differing(outputs, outputs_of("lora", ())) == list(expected)
+
+
+@pytest.mark.parametrize("change", [{"random_features": 24}, {"ridge": 1e4}], ids=str)
+def test_an_option_of_ranpac(change: dict[str, Any], tmp_path: Path) -> None:
+    """The ridge regression stands for the heads: rows and features have nothing to do with it."""
+    learner = learned(method="ranpac", **change)
+    outputs = learner.outputs(unseen(three_tasks()))
+    assert_same_outputs(reloaded(learner, tmp_path, depth=DEPTH).outputs(unseen(three_tasks())), outputs)
+    assert differing(outputs, outputs_of("ranpac", ())) == ["heads", "calibrated"]
+
+
+@pytest.mark.parametrize("name", ["class_model", "random_features", "ridge"])
+def test_only_ranpac_has_random_features(name: str) -> None:
+    for entry in METHODS.values():
+        known = {field.name for field in fields(entry.config)}
+        assert (name in known) == (entry.config is RanPACConfig and name != "class_model"), entry.config
 
 
 def test_every_field_and_every_choice_is_tried() -> None:
@@ -268,7 +280,7 @@ def assert_finite(learner: ContinualLearner) -> None:
 
 CHOICES = [
     *("projections", "moments", "orthogonal_update", "residual", "relevance", "gate", "drift"),
-    *("calibration", "class_model"),
+    "calibration",
 ]
 
 
@@ -288,21 +300,31 @@ def test_an_unknown_choice_is_refused_with_the_valid_ones(name: str) -> None:
         ("epochs", [0, -1, 1.5, "4", None, math.inf]),
         ("batch_size", [0, -8, 2.5, None]),
         ("top_tasks", [0, -1, 1.5, None]),
-        ("random_features", [0, -1, 1.5, None]),
         ("first_adapted_layer", [-1, 1.5, "2"]),
         ("learning_rate", [0, -1e-3, math.nan, math.inf, "fast", None]),
         ("head_learning_rate", [0, -1e-3, math.nan, math.inf, None]),
         ("energy_threshold", [0, 1.01, -0.5, math.nan, "most", None]),
         ("tau", [-1, math.nan, math.inf, None]),
-        ("ridge", [0, -1, math.nan, math.inf, "small"]),
         ("gate_suppress", ["yes", 2, None]),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, values: list[Any]) -> None:
+    assert_refused(DualLoRAConfig, name, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("random_features", [0, -1, 1.5, None]), ("ridge", [0, -1, math.nan, math.inf, "small"])],
+)
+def test_a_value_out_of_range_is_refused_by_ranpac(name: str, values: list[Any]) -> None:
+    assert_refused(RanPACConfig, name, values)
+
+
+def assert_refused(config: type[MethodConfig], name: str, values: list[Any]) -> None:
     accepted = []
     for value in values:
         try:
-            DualLoRAConfig(**{name: value})
+            config(**{name: value})
         except DualLoRAError as error:
             assert name in str(error), error
             continue
@@ -322,8 +344,6 @@ def test_the_controls_refuse_as_well(config: Any) -> None:
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(DualLoRAError, match=r"drift='linear'.*random_features"):
-        DualLoRAConfig(drift="linear", class_model="random_features")
     with pytest.raises(DualLoRAError, match="first_adapted_layer=0 leaves no frozen layer"):
         DualLoRAConfig(first_adapted_layer=0)
     for method in ("duallora", "lora"):
@@ -332,9 +352,11 @@ def test_contradictions_are_refused() -> None:
 
 
 def test_valid_limits_are_accepted() -> None:
-    DualLoRAConfig(energy_threshold=1, tau=0, ridge=None, first_adapted_layer=None, top_tasks=1)
+    DualLoRAConfig(energy_threshold=1, tau=0, first_adapted_layer=None, top_tasks=1)
+    RanPACConfig(ridge=None, random_features=1)
     DualLoRAConfig(first_adapted_layer=0, gate="off")
-    DualLoRAConfig(learning_rate=1, ridge=1)  # an int where a float is meant
+    DualLoRAConfig(learning_rate=1, tau=1)  # an int where a float is meant
+    RanPACConfig(ridge=1)
 
 
 def test_the_linear_probe_and_frozen_features_differ_in_the_readout_alone() -> None:

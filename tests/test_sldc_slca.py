@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from duallora import METHODS, ContinualLearner
-from duallora.drift import linear_map
+from duallora.drift import linear_map, ridge_map
 from duallora.methods import Batch, Method, TaskInfo
 from duallora.methods import slca as slca_module
 from duallora.methods.slca import SLCA, normalised_cross_entropy
 from duallora.methods.sldc import SLDC, symmetric_cross_entropy
 from small_tasks import Patterns, new_learner, small_config, three_tasks, unseen
-from tiny import FAMILIES, tiny_backbone, tiny_images
+from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 
 TASKS = three_tasks()
 
@@ -89,13 +89,13 @@ def test_features_are_held_where_the_model_before_the_task_had_them(
 ) -> None:
     learner = started("sldc", 1, gamma_kd=gamma_kd, gamma_norm=gamma_norm)
     images = next(loader_of(learner, TASKS[1])()).images
-    old = learner.method.extract(images)
+    old = learner.method.extract(images)[:, :WIDTH]
     method, batch = prepared(learner, 1)
     with torch.no_grad():
-        assert_close(method.features(images), old, rtol=0, atol=1e-4)
+        assert_close(method.features(images)[:, :WIDTH], old, rtol=0, atol=1e-4)
         for parameter in method.adapters.parameters():
             parameter.add_(0.1)
-    new = method.features(images)
+    new = method.features(images)[:, :WIDTH]
     assert float((new - old).detach().abs().max()) > 1e-2
     plain = symmetric_cross_entropy(method.heads.current(new), batch.labels)
     square = (new - old).square().sum() / new.numel()
@@ -117,7 +117,7 @@ def test_features_are_held_where_the_model_before_the_task_had_them(
 def rows_before_and_after(
     drift: str, **changes: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
-    """Learns task 1 after task 0; the state before, and features of task 1 before and after."""
+    """Learns task 1 after task 0; the states after and before, and features of task 1 before and after."""
     learner = started("sldc", 1, drift=drift, learning_rate=0.05, epochs=3, **changes)
     before, images = state_of(learner), next(loader_of(learner, TASKS[1])()).images
     x = learner.method.extract(images)
@@ -127,14 +127,22 @@ def rows_before_and_after(
 
 def test_old_rows_follow_the_linear_drift() -> None:
     after, before, x, y = rows_before_and_after("linear")
-    m = linear_map(x, y, 1.0).matrix.double()
-    assert float((m - torch.eye(32)).abs().max()) > 1e-2
+    m = linear_map(x[:, :WIDTH], y[:, :WIDTH], 1.0).matrix.double()
+    assert float((m - torch.eye(WIDTH)).abs().max()) > 1e-2
     near = {"rtol": 1e-3, "atol": 1e-3}
-    assert_close(after["rows.mean"][:2], before["rows.mean"] @ m, **near)
+    # What else the rows read follows a ridge regression of its own.
+    u, v = x[:, WIDTH:].double(), y[:, WIDTH:].double()
+    width = 3 * WIDTH
+    eye = torch.eye(width, dtype=torch.float64)
+    beside = eye + torch.linalg.inv(u.T @ u + 0.01 * u.square().sum() / width * eye) @ u.T @ (v - u)
+    whole = torch.block_diag(m, beside)
+    assert_close(after["rows.mean"][:2], before["rows.mean"] @ whole, **near)
+    assert float((beside - eye)[:, :WIDTH].abs().max()) > 1e-2, "the mean patch token above the adapters"
+    assert torch.equal(after["rows.mean"][:2, 2 * WIDTH :], before["rows.mean"][:, 2 * WIDTH :])
     assert_close(after["gaussians.mean"][:2].double(), before["gaussians.mean"].double() @ m, **near)
     moved = m.T @ before["gaussians.covariance"].double() @ m
     assert_close(after["gaussians.covariance"][:2].double(), moved, **near)
-    own = after["rows.scatter"] - m.T @ before["rows.scatter"] @ m
+    own = after["rows.scatter"] - whole.T @ before["rows.scatter"] @ whole
     labels = torch.tensor(TASKS[1].targets)
     centred = torch.cat([y[labels == k] - y[labels == k].mean(0) for k in range(3)]).double()
     assert_close(own, centred.T @ centred, rtol=1e-2, atol=1e-2)
@@ -143,15 +151,17 @@ def test_old_rows_follow_the_linear_drift() -> None:
 def test_the_rows_of_both_columns_stay_together() -> None:
     for drift in ("nonlinear", "linear", "none"):
         state = rows_before_and_after(drift)[0]
-        assert_close(state["rows.mean"].float(), state["gaussians.mean"], rtol=1e-4, atol=1e-4)
+        final = state["rows.mean"][:, :WIDTH].float()
+        assert_close(final, state["gaussians.mean"], rtol=1e-4, atol=1e-4)
         weighted = (state["rows.count"] - 1)[:, None, None] * state["gaussians.covariance"]
         if drift != "nonlinear":  # whose pooled scatter moves by one Jacobian for all rows
-            assert_close(weighted.sum(0), state["rows.scatter"], rtol=1e-3, atol=1e-2)
+            scatter = state["rows.scatter"][:WIDTH, :WIDTH]
+            assert_close(weighted.sum(0), scatter, rtol=1e-3, atol=1e-2)
 
 
 def test_rows_stay_without_compensation() -> None:
     after, before, x, y = rows_before_and_after("none")
-    assert float((x - y).abs().max()) > 1e-2, "the features did drift"
+    assert float((x - y)[:, :WIDTH].abs().max()) > 1e-2, "the features did drift"
     assert torch.equal(after["rows.mean"][:2], before["rows.mean"])
     assert torch.equal(after["gaussians.covariance"][:2], before["gaussians.covariance"])
 
@@ -159,7 +169,7 @@ def test_rows_stay_without_compensation() -> None:
 def test_the_nonlinear_map_moves_rows() -> None:
     after, before, x, y = rows_before_and_after("nonlinear", drift_steps=200)
     old, new = before["gaussians.mean"], after["gaussians.mean"][:2]
-    assert float((new - old).norm()) > 0.05 * float((x - y).norm(dim=1).mean())
+    assert float((new - old).norm()) > 0.05 * float((x - y)[:, :WIDTH].norm(dim=1).mean())
     assert torch.equal(after["gaussians.covariance"], after["gaussians.covariance"].mT)
 
 
@@ -170,20 +180,51 @@ class Bent(nn.Module):
         return x + x.sin() / 2
 
 
-def test_covariances_follow_the_jacobian_at_their_mean() -> None:
+def test_covariances_follow_the_jacobian_at_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = started("sldc", 1)
     learner.learn(Patterns(["cat", "dog"], [2, 17]))  # larger classes weigh more in the pooled covariance
     method, before = sldc(learner), state_of(learner)
-    method._follow(Bent())
-    mean, slope = before["rows.mean"].float(), 1 + before["rows.mean"].float().cos() / 2
+    given: list[Tensor] = []
+    monkeypatch.setattr(method, "_drift", lambda _, *features: given.extend(features) or Bent())
+    x = learner.method.extract(next(loader_of(learner, TASKS[0])()).images)
+    y = x.clone()
+    y[:, WIDTH : 2 * WIDTH] *= 1.5
+    method._follow(TaskInfo(1, "now", ("cat", "dog")), x, y)
+    assert [part.shape for part in given] == [(len(x), WIDTH)] * 2, "SLDC's own map is of the final feature"
+    final = before["rows.mean"][:, :WIDTH].float()
+    mean, slope = final, 1 + final.cos() / 2
     moved = before["gaussians.covariance"] * slope[:, :, None] * slope[:, None, :]
     assert_close(method.gaussians.mean, mean + mean.sin() / 2)
     assert_close(method.gaussians.covariance, moved, rtol=1e-4, atol=1e-5)
-    assert_close(method.rows.moments.mean.float(), mean + mean.sin() / 2)
+    moments = method.rows.moments
+    assert_close(moments.mean[:, :WIDTH].float(), mean + mean.sin() / 2)
+    assert torch.equal(moments.mean[:, 2 * WIDTH :], before["rows.mean"][:, 2 * WIDTH :])
+    assert_close(
+        moments.mean[:, WIDTH : 2 * WIDTH],
+        1.5 * before["rows.mean"][:, WIDTH : 2 * WIDTH],
+        rtol=0.1,
+        atol=0.1,
+    )
     share = (before["rows.count"] / before["rows.count"].sum())[:, None]
     pooled = (slope.double() * share).sum(0)
-    expected = before["rows.scatter"] * pooled[:, None] * pooled[None]
-    assert_close(method.rows.moments.scatter, expected, rtol=1e-4, atol=1e-4)
+    m = torch.block_diag(pooled.diag(), ridge_map(x[:, WIDTH:], y[:, WIDTH:]))
+    assert_close(moments.scatter, m.T @ before["rows.scatter"] @ m, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_read_the_final_feature_alone_follow_it() -> None:
+    """A ViT of one layer that pools its patches has nothing beside the final feature."""
+    config = small_config("sldc", first_adapted_layer=0, drift="linear", learning_rate=0.05)
+    learner = new_learner(config, depth=1, global_pool="avg")
+    learner.method.autocast = nullcontext
+    learner.learn(TASKS[0])
+    before, images = state_of(learner), next(loader_of(learner, TASKS[1])()).images
+    x = learner.method.extract(images)
+    assert x.shape[1] == learner.backbone.row_dim == WIDTH
+    learner.learn(TASKS[1])
+    m = linear_map(x, learner.method.extract(images), 1.0).matrix.double()
+    after = learner.method.state()
+    assert_close(after["rows.mean"][:2], before["rows.mean"] @ m, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(after["rows.mean"][:2], before["rows.mean"])
 
 
 def test_a_single_class_moves_nothing_and_gets_a_head() -> None:

@@ -28,13 +28,15 @@ def written_attention(attention: nn.Module, x: Tensor, prefix: tuple[Tensor, Ten
     return torch.stack(result)
 
 
-def written_feature(
+def written_features(
     backbone: Backbone,
     images: Tensor,
     prefixes: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     tokens: Tensor | None = None,
 ) -> Tensor:
-    """Final features in fp64; ``backbone`` is a fresh one that nothing has been put into.
+    """All that class rows read (B, row_dim), the final feature first, in fp64.
+
+    ``backbone`` is a fresh one that nothing has been put into.
 
     Args:
         backbone: stays as it is.
@@ -45,14 +47,33 @@ def written_feature(
     assert not backbone.plain_qkv and not any(m._forward_pre_hooks for m in backbone.modules())
     model = copy.deepcopy(backbone.model).double()
     x = model.norm_pre(model._pos_embed(model.patch_embed(images.double())))
-    count = x.shape[1]
+    count, prefix_tokens = x.shape[1], model.num_prefix_tokens
+    early, below = max(1, len(model.blocks) // 3), []
     if tokens is not None:
         x = torch.cat([x, tokens.double()], 1)
     for layer, block in enumerate(model.blocks):
         found = (prefixes or {}).get(layer)
+        if layer == early:
+            entering = block.norm1(x)[:, :count]
+            below = [entering[:, 0]] if model.cls_token is not None else []
+            below.append(entering[:, prefix_tokens:].mean(1))
         prefix = None if found is None else (found[0].double(), found[1].double())
         x = x + block.ls1(written_attention(block.attn, block.norm1(x), prefix))
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    if tokens is not None:
-        return model.fc_norm(model.norm(x[:, count:]).mean(1))
-    return model.forward_head(model.norm(x), pre_logits=True)
+    last = model.norm(x[:, :count])
+    if tokens is None:
+        final = model.forward_head(last, pre_logits=True)
+    else:
+        final = model.fc_norm(model.norm(x[:, count:]).mean(1))
+    above = [] if model.global_pool == "avg" else [last[:, prefix_tokens:].mean(1)]
+    return torch.cat([final, *above, *below], 1)
+
+
+def written_feature(
+    backbone: Backbone,
+    images: Tensor,
+    prefixes: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """The final features (B, d) among :func:`written_features`."""
+    return written_features(backbone, images, prefixes, tokens)[:, : backbone.feature_dim]

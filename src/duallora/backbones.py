@@ -76,6 +76,8 @@ class Backbone(nn.Module):
         dim: width of the tokens.
         depth: number of blocks.
         feature_dim: width of the final feature.
+        early: the layer whose input class rows read beside the final feature; adapters begin there.
+        row_dim: width of everything that class rows read, the final feature first.
         has_class_token: whether token 0 is a class token.
         num_prefix_tokens: tokens before the patch tokens (class, distillation, registers).
         pooling: in words, what the final feature is.
@@ -98,13 +100,44 @@ class Backbone(nn.Module):
         self.has_class_token = self.model.cls_token is not None
         self.num_prefix_tokens: int = self.model.num_prefix_tokens
         self.pooling = describe_pooling(self.model)
+        self.early = max(1, self.depth // 3)
+        self.row_dim = self._row_dim()
         self.plain_qkv: dict[int, nn.Linear] = {}
         self.taken = False
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> final features (B, feature_dim)."""
-        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        """(B, 3, H, W) -> (B, row_dim): the final feature, and beside it what else class rows read.
+
+        The first ``feature_dim`` columns are what timm's classifier gets. Behind them: the mean patch token
+        after the last block, then class token and mean patch token as they enter the attention of layer
+        ``early``, below the adapters. One pass gives all of it.
+        """
+        found: Any = self.model.forward_intermediates(
+            images, indices=[min(self.early, self.depth) - 1], return_prefix_tokens=True, output_fmt="NLC"
+        )
+        tokens, between = found
+        parts = [self.model.forward_head(tokens, pre_logits=True)]
+        if not self._pools_patches:
+            parts.append(self._mean_patch(tokens))
+        if self.early < self.depth:
+            x = self.model.get_submodule(f"blocks.{self.early}.norm1")(_joined(between[0]))
+            parts += [x[:, 0]] if self.has_class_token else []
+            parts.append(self._mean_patch(x))
+        return torch.cat([part.float() for part in parts], 1)
+
+    def _mean_patch(self, tokens: Tensor) -> Tensor:
+        """(B, N, d) -> (B, d)."""
+        return tokens[:, self.num_prefix_tokens :].float().mean(1)
+
+    @property
+    def _pools_patches(self) -> bool:
+        """Whether the final feature is the mean patch token itself."""
+        return bool(self.model.global_pool == "avg")
+
+    def _row_dim(self) -> int:
+        below = 0 if self.early >= self.depth else 1 + self.has_class_token
+        return self.feature_dim + self.dim * (below + (not self._pools_patches))
 
     def project(self, images: Tensor, layer: int) -> None:
         """Runs up to the qkv projection of a block, for passes that only look at what enters projections."""
@@ -119,10 +152,8 @@ class Backbone(nn.Module):
             output_fmt="NLC",
             intermediates_only=True,
         )
-        tokens = found[0]
-        x = torch.cat([tokens[1], tokens[0]], 1) if isinstance(tokens, tuple) else tokens
         block = self.model.get_submodule(f"blocks.{layer}")
-        block.get_submodule("attn.qkv")(block.get_submodule("norm1")(x))
+        block.get_submodule("attn.qkv")(block.get_submodule("norm1")(_joined(found[0])))
 
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a block; its ``qkv`` may be wrapped."""
@@ -131,6 +162,11 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: batch norm in a stem must not follow the images of a task."""
         return super().train(False)
+
+
+def _joined(tokens: Any) -> Tensor:
+    """Tokens (B, N, d) from what timm gives: patch tokens, or a pair of patch and prefix tokens."""
+    return torch.cat([tokens[1], tokens[0]], 1) if isinstance(tokens, tuple) else tokens
 
 
 def load_backbone(

@@ -44,7 +44,7 @@ __all__ = [
     "write_atomic",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MANIFEST = "model.json"
 _OWN_FILE = re.compile(r"(model|backbone)-[0-9a-f]{12}\.safetensors")
@@ -118,8 +118,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         The manifest and the weights, on the CPU with the shapes and dtypes given to :func:`commit`.
 
     Raises:
-        DualLoRAError: no model there, a file missing, truncated or changed, a foreign ``model.json``, or a
-            newer format.
+        DualLoRAError: no model there, a file missing, truncated or changed, a foreign ``model.json``, or
+            another format.
     """
     manifest = read_manifest(folder)
     while True:
@@ -260,6 +260,12 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
         raise DualLoRAError(
             f"{path} was written by a newer duallora (format {version}, this one reads format "
             f"{FORMAT_VERSION}); upgrade the package."
+        )
+    if 0 < version < FORMAT_VERSION:
+        raise DualLoRAError(
+            f"{path} was written by an earlier duallora (format {version}, this one reads format "
+            f"{FORMAT_VERSION}), whose class statistics read less of an image; teach the model again, or use "
+            "the version that wrote it."
         )
     if version == FORMAT_VERSION:
         files = manifest.get("files")

@@ -72,6 +72,23 @@ def linear_map(before: Tensor, after: Tensor, alpha: float) -> Linear:
     return Linear(matrix.float().to(before.device))
 
 
+def ridge_map(before: Tensor, after: Tensor) -> Tensor:
+    """``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d`` (d, d), fp64, on the CPU.
+
+    A feature that does not move stays exactly as it is.
+
+    Args:
+        before: X (n, d).
+        after: Y (n, d).
+    """
+    x, y = before.cpu().double(), after.cpu().double()
+    gram = x.T @ x
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    ridge = 0.01 * float(gram.trace()) / max(len(gram), 1)
+    moved: Tensor = torch.linalg.solve(gram + ridge * eye, x.T @ (y - x))
+    return eye + moved
+
+
 @torch.enable_grad()
 def weakly_nonlinear_map(
     before: Tensor, after: Tensor, steps: int, generator: torch.Generator

@@ -1,4 +1,4 @@
-"""Final features of the bare backbone for un-augmented images, computed once and kept on disk.
+"""Features of the bare backbone for un-augmented images, computed once and kept on disk.
 
 An image is known by the bytes of its preprocessed tensor, so that a wrong entry cannot be read whatever the
 order, the stream or the task.
@@ -61,19 +61,26 @@ class FrozenFeatures:
         write_atomic(path, safetensors.torch.save({"keys": keys, "features": self._features}))
 
     @classmethod
-    def load(cls, path: Path) -> FrozenFeatures:
+    def load(cls, path: Path, backbone: Backbone) -> FrozenFeatures:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            DualLoRAError: the file cannot be read.
+            DualLoRAError: the file cannot be read, or its features are not as wide as the backbone's.
         """
         try:
             tensors = safetensors.torch.load(path.read_bytes())
-            return cls(tensors["keys"], tensors["features"])
+            keys, features = tensors["keys"], tensors["features"]
         except (OSError, SafetensorError, KeyError) as error:
             raise DualLoRAError(
                 f"{path} holds no features that can be read; delete it, or leave --features out."
             ) from error
+        if features.shape[1:] != (backbone.row_dim,):
+            raise DualLoRAError(
+                f"{path} holds features of width {features.shape[-1]}, but those of {backbone.info.name} "
+                f"have width {backbone.row_dim}: it is from another backbone or an earlier duallora; delete "
+                "it, or leave --features out."
+            )
+        return cls(keys, features)
 
 
 def _digest(image: Tensor) -> bytes:

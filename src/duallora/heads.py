@@ -12,7 +12,7 @@ class Heads(nn.Module):
     """``head_t``: Linear(d, |Y_t|), trained in task t and frozen afterwards.
 
     Args:
-        dim: d, width of the final feature.
+        dim: d, width of the final feature; a head reads the first d columns of what it is given.
         device: where the heads live.
     """
 
@@ -33,14 +33,21 @@ class Heads(nn.Module):
             head.bias.zero_()
         self.tasks.append(head.to(self.device))
 
+    @torch.no_grad()
+    def imprint(self, weight: Tensor, bias: Tensor) -> None:
+        """Sets the current head: weight (|Y_t|, d) and bias (|Y_t|,)."""
+        head = self.tasks[-1]
+        head.weight.copy_(weight)  # type: ignore[operator]
+        head.bias.copy_(bias)  # type: ignore[operator]
+
     def current(self, f: Tensor) -> Tensor:
         """Logits over the current task's classes (n, |Y_t|)."""
-        logits: Tensor = self.tasks[-1](f)
+        logits: Tensor = self.tasks[-1](f[:, : self.dim])
         return logits
 
     def forward(self, f: Tensor) -> Tensor:
         """Logits of all heads side by side (n, R)."""
-        return torch.cat([head(f) for head in self.tasks], 1)
+        return torch.cat([head(f[:, : self.dim]) for head in self.tasks], 1)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores the heads from their state dict; the shapes say how many there are."""

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.subspace import Subspace
@@ -77,7 +76,7 @@ class EnergyMemory:
         self._blocks = [self.subspace.block(task).float().to(self.device) for task in range(len(self.means))]
 
     def _shares(self, f: Tensor) -> Tensor:
-        f = f.float()
+        f = f[:, : len(self.subspace.phi)].float()  # the class token's part: only that lies in these bases
         norm = f.square().sum(1).clamp(min=1e-20)
         return torch.stack([(f @ block).square().sum(1) / norm for block in self._blocks], 1)
 
@@ -93,15 +92,12 @@ class GatePoint:
         dim: width of the feature.
         device: where weights are computed.
         top_tasks: most tasks with a non-zero weight per image.
-        suppress: whether all weights are multiplied by the familiarity of the image.
         energy: relevance by energy; None takes the Gaussian rows.
     """
 
-    def __init__(
-        self, dim: int, device: torch.device, top_tasks: int, suppress: bool, energy: EnergyMemory | None
-    ) -> None:
+    def __init__(self, dim: int, device: torch.device, top_tasks: int, energy: EnergyMemory | None) -> None:
         self.rows = RowMemory(dim, device)
-        self.top_tasks, self.suppress, self.energy = top_tasks, suppress, energy
+        self.top_tasks, self.energy = top_tasks, energy
         self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass
 
     def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
@@ -113,33 +109,25 @@ class GatePoint:
             self.energy.replace(task, block, self.f0)
             self.energy.fit(task, self.f0)
 
-    def weights(self, f: Tensor, own: Own | None = None, tasks: int | None = None) -> Tensor:
+    def weights(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32, without gradient; 1 for a single task.
 
         Args:
             f: features at this point.
             own: for images of the current task: leave them out of their own row.
-            tasks: only the first so many tasks exist; the others weigh 0.
         """
         with torch.no_grad(), torch.autocast(f.device.type, enabled=False):
-            f, known = f.float(), self.rows.tasks
-            tasks = known if tasks is None else tasks
+            f, tasks = f.float(), self.rows.tasks
             if tasks == 1:
-                weights = torch.ones(f.shape[0], 1, device=f.device)
-            elif self.energy is None:
-                scores = self.rows.kappa * self.rows.scores(f, own)
-                hidden = (self.rows.task >= tasks).to(f.device)
-                weights = self.rows.by_task(scores.masked_fill(hidden, -torch.inf).log_softmax(1)).exp()[
-                    :, :tasks
-                ]
+                return torch.ones(f.shape[0], 1, device=f.device)
+            if self.energy is None:
+                weights = self.rows.by_task(self.rows.log_q(f, own)).exp()
             else:
-                weights = self.energy.energies(f).clamp(max=1.0)[:, :tasks]
-            if self.suppress:
-                weights = weights * self.rows.familiarity(f, own, tasks)[:, None]
+                weights = self.energy.energies(f).clamp(max=1.0)
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
                 weights = torch.zeros_like(weights).scatter(1, which, value)
-            return F.pad(weights, (0, known - tasks))
+            return weights
 
     def state(self) -> dict[str, Tensor]:
         """Rows and, where used, energies."""
@@ -168,7 +156,6 @@ class DynamicMemory:
     def __init__(self, mode: str, points: dict[int, GatePoint], reader: TokenReader) -> None:
         self.mode, self.points, self.reader = mode, points, reader
         self.tasks = 0
-        self.limit: int | None = None  # only the first so many tasks exist (drift pass)
         self.features: dict[int, Tensor] = {}  # of the latest forward pass, by layer
         self.latest: dict[int, Tensor] = {}  # weights of the latest forward pass, by layer
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -186,16 +173,13 @@ class DynamicMemory:
         """Weights (B, T) for the input (B, N, d) of an adapted layer; None before the first task."""
         point = self.points.get(layer)
         if point is not None:
-            self.features[layer] = self.reader.summary(x.detach(), layer)
+            self.features[layer] = self.reader.description(x.detach(), layer)
         if self.tasks == 0:
             return None
         if self.mode == "off":
-            known = self.tasks if self.limit is None else self.limit
-            self.latest[layer] = F.pad(
-                torch.ones(x.shape[0], known, device=x.device), (0, self.tasks - known)
-            )
+            self.latest[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
         elif point is not None:
-            self.latest[layer] = point.weights(self.features[layer], self._own(point), self.limit)
+            self.latest[layer] = point.weights(self.features[layer], self._own(point))
         else:
             self.latest[layer] = self.latest[next(iter(self.points))]
         return self.latest[layer]

@@ -56,6 +56,17 @@ class TokenReader:
             return x[:, 0].float()
         return x[:, self.prefix :].float().mean(1)
 
+    def description(self, x: Tensor, layer: int) -> Tensor:
+        """(B, N, d) -> (B, m d), fp32: :meth:`summary`, beside it the mean patch token unless it is that."""
+        summary = self.summary(x, layer)
+        if self.parts(layer) == 1:
+            return summary
+        return torch.cat([summary, x[:, self.prefix :].float().mean(1)], 1)
+
+    def parts(self, layer: int) -> int:
+        """The m of :meth:`description`."""
+        return 2 if self.has_class_token and layer > 0 else 1
+
     def pooled_inputs(self, attention: nn.Module, x: Tensor, qkv: Tensor, layer: int) -> Tensor:
         """``softmax(q_cls K^T) X`` of every head (B * heads, d): what v of the class token is made of."""
         batch, tokens, dim = x.shape

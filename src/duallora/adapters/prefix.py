@@ -89,6 +89,8 @@ class ExtraTokens:
         blocks = list(backbone.model.blocks.children())
         blocks[0].register_forward_pre_hook(self._append)
         blocks[-1].register_forward_hook(self._cut)
+        if backbone.early < backbone.depth:
+            blocks[backbone.early].get_submodule("norm1").register_forward_pre_hook(self._hide)
 
     def feature(self, images: Tensor, tokens: Tensor) -> Tensor:
         """One pass of the backbone with more tokens.
@@ -98,15 +100,16 @@ class ExtraTokens:
             tokens: (B, L, d), after position embeddings.
 
         Returns:
-            The mean of the tokens' outputs after the backbone's final norms (B, d).
+            As the backbone (B, row_dim), but for the final feature: the mean of the tokens' outputs after the
+            backbone's final norms.
         """
         self._given = tokens
         try:
-            self.backbone(images)
+            rest = self.backbone(images)[:, self.backbone.feature_dim :]
             model = self.backbone.model
             # Where the final norm stands after the pooling, it does so here.
             feature: Tensor = model.fc_norm(model.norm(self._outputs.pop()).mean(1))
-            return feature
+            return torch.cat([feature, rest], 1)
         finally:
             self._given = None
             self._outputs.clear()
@@ -121,6 +124,11 @@ class ExtraTokens:
         length = self._given.shape[1]
         self._outputs.append(y[:, -length:])
         return y[:, :-length]
+
+    def _hide(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """After the last block the backbone normalises the tokens of an early layer again, to read them."""
+        x, *rest = args
+        return (x[:, : -self._outputs[-1].shape[1]], *rest) if self._outputs else args
 
 
 def uniform(*shape: int, generator: torch.Generator) -> Tensor:

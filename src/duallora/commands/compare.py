@@ -228,12 +228,13 @@ def _keep_features(setting: Setting, out: Path, device: str) -> Path:
     from duallora.train import EVALUATION_BATCH, batches, make_fabric
     from duallora.transforms import evaluation_transform
 
-    path = out / f"features-{setting.backbone.info.sha256[:12]}.safetensors"
+    backbone = setting.backbone
+    path = out / f"features-{backbone.info.sha256[:12]}-{backbone.row_dim}.safetensors"
     if path.exists():
-        FrozenFeatures.load(path)  # one that cannot be read is refused once, not by every run
+        FrozenFeatures.load(path, backbone)  # one that cannot be read is refused once, not by every run
         return path
-    view, place = evaluation_transform(setting.backbone.info), make_fabric(device).device
-    setting.backbone.to(place)
+    view, place = evaluation_transform(backbone.info), make_fabric(device).device
+    backbone.to(place)
     parts = [part for task in setting.stream for part in (task.train, task.test)]
 
     def images() -> Any:
@@ -242,7 +243,7 @@ def _keep_features(setting: Setting, out: Path, device: str) -> Path:
                 yield batch.images
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    FrozenFeatures.compute(setting.backbone, images()).save(path)
+    FrozenFeatures.compute(backbone, images()).save(path)
     return path
 
 

@@ -86,7 +86,7 @@ def run(
     )
     name = method.name or DEFAULT_METHOD
     learned = all_at_once(setting.stream) if METHODS[name].method.all_at_once else setting.stream
-    known = None if features is None else FrozenFeatures.load(features)
+    known = None if features is None else FrozenFeatures.load(features, setting.backbone)
 
     def learner() -> ContinualLearner:
         made = ContinualLearner(

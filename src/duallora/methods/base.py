@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from duallora.adapters.beside import Beside, put_beside
 from duallora.backbones import Backbone
-from duallora.class_model import RandomFeatureModel
 from duallora.errors import DualLoRAError
 from duallora.features import FrozenFeatures
 from duallora.heads import Heads, calibrate
@@ -96,6 +95,7 @@ class Method:
         cache: features of the bare backbone by image, for :meth:`frozen_features`.
         autocast: precision of the backbone in passes and training; everything else runs in fp32.
         forward_passes: backbone passes per image at inference.
+        imprinted: whether a head reads all that class rows read and starts as their classifier.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
         residual_norm: the same for the gated update.
@@ -107,6 +107,7 @@ class Method:
     all_at_once: ClassVar[bool] = False
     readout: ClassVar[Literal["heads", "calibrated"]] = "heads"
     forward_passes: ClassVar[int] = 1
+    imprinted: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, config: MethodConfig, seed: int) -> None:
         if backbone.taken:
@@ -116,13 +117,9 @@ class Method:
         backbone.taken = True
         self.backbone, self.config, self.seed = backbone, config, seed
         self.device = next(backbone.parameters()).device
-        self.heads = Heads(backbone.feature_dim, self.device)
-        self.rows = RowMemory(backbone.feature_dim, self.device)
-        self.random: RandomFeatureModel | None = None
-        if config.class_model == "random_features":
-            self.random = RandomFeatureModel(
-                backbone.feature_dim, config.random_features, config.ridge, seed, self.device
-            )
+        width = backbone.row_dim if self.imprinted else backbone.feature_dim
+        self.heads = Heads(width, self.device)
+        self.rows = RowMemory(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
@@ -143,6 +140,22 @@ class Method:
         for wrapper in self.beside.values():
             wrapper.separate()
         self.grow(task.index)
+
+    @torch.no_grad()
+    def imprint(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
+        """Starts the task's head as the classifier of its rows, so that training goes on from there.
+
+        From a random start the adapters would learn to please a head that knows nothing yet, and a short
+        task would end before the head has caught up with the class statistics.
+
+        Args:
+            task: the one being prepared.
+            features: of its images (n, row_dim), before training.
+            labels: (n,).
+        """
+        self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
+        self.rows.fit(task.index, features, labels)
+        self.heads.imprint(*self.rows.linear(task.index))
 
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
@@ -168,18 +181,18 @@ class Method:
         return F.cross_entropy(self.heads.current(self.features(batch.images)), batch.labels)
 
     def features(self, images: Tensor) -> Tensor:
-        """Final features (n, d), fp32, as passes and training see them."""
+        """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
         with self.autocast():
             return self.extract(images).float()
 
     def extract(self, images: Tensor) -> Tensor:
-        """Final features (n, d) of the adapted model for images (n, 3, H, W)."""
+        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`Backbone`."""
         features: Tensor = self.backbone(images)
         return features
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Tensor:
-        """Final features (n, d) of the bare backbone, fp32, from the cache where it has all the images.
+        """Features (n, row_dim) of the bare backbone, fp32, from the cache where it has all the images.
 
         For methods whose adapters are off but for their own passes.
         """
@@ -190,8 +203,16 @@ class Method:
             features: Tensor = self.backbone(images).float()
         return features
 
+    def query(self, images: Tensor) -> Tensor:
+        """Final features (n, feature_dim) of the bare backbone: what prompts and tasks are chosen by."""
+        return self.final(self.frozen_features(images))
+
+    def final(self, features: Tensor) -> Tensor:
+        """The final features (n, feature_dim) among what :meth:`features` gives (n, row_dim)."""
+        return features[:, : self.backbone.feature_dim]
+
     def head_logits(self, features: Tensor) -> Tensor:
-        """Logits of all rows (n, R) for final features (n, d)."""
+        """Logits of all rows (n, R) for features (n, row_dim)."""
         logits: Tensor = self.heads(features)
         return logits
 
@@ -235,7 +256,7 @@ class Method:
         """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
         features, config = self.extract(images).float(), self.config  # fp32: bf16 would round by batch size
         logits = self.head_logits(features)
-        log_q = self.rows.log_q(features) if self.random is None else self.random.log_q(features)
+        log_q = self.rows.log_q(features)
         log_task = self.task_posterior(log_q)
         calibrated = None
         if config.calibration != "none":
@@ -243,7 +264,12 @@ class Method:
             calibrated = calibrate(logits, log_q, log_task, row_task, config.calibration, config.tau)
         familiarity = self.rows.familiarity(features)
         return Readout(
-            logits.log_softmax(1), calibrated, log_task, familiarity, self.gate_weights(), features
+            logits.log_softmax(1),
+            calibrated,
+            log_task,
+            familiarity,
+            self.gate_weights(),
+            self.final(features),
         )
 
     def task_posterior(self, log_q: Tensor) -> Tensor:
@@ -258,8 +284,6 @@ class Method:
         """Everything learned so far, by name; valid between tasks."""
         tensors = {f"heads.{name}": x for name, x in self.heads.state_dict().items()}
         tensors |= {f"rows.{name}": x for name, x in self.rows.state().items()}
-        if self.random is not None:
-            tensors |= {f"random.{name}": x for name, x in self.random.state().items()}
         tensors |= {f"adapters.{name}": x.detach() for name, x in self.adapters.state_dict().items()}
         return tensors
 
@@ -267,8 +291,6 @@ class Method:
         """Restores what :meth:`state` gave; tensors are on the CPU."""
         self.heads.load_state(part(tensors, "heads"))
         self.rows.load_state(part(tensors, "rows"))
-        if self.random is not None:
-            self.random.load_state(part(tensors, "random"))
         for task in range(len(self.heads.tasks)):
             self.grow(task)
         self.adapters.load_state_dict(part(tensors, "adapters"))
@@ -276,15 +298,13 @@ class Method:
             wrapper.merge()
 
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
-        """Adds the task's rows on the final feature (n, d) and fits their temperature; called once a task."""
+        """Adds the task's rows on features (n, row_dim) and fits their temperature; called once a task."""
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
         self.rows.fit(task.index, features, labels)
-        if self.random is not None:
-            self.random.add(task.index, features, labels, len(task.classes))
 
     @torch.no_grad()
     def observe(self, loader: Loader) -> tuple[Tensor, Tensor]:
-        """One pass over the task's images: final features (n, d) and labels (n,)."""
+        """One pass over the task's images: features (n, row_dim) and labels (n,)."""
         features, labels = zip(*((self.features(b.images), b.labels) for b in loader()), strict=True)
         return torch.cat(features), torch.cat(labels)
 

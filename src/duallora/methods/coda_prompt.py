@@ -125,7 +125,7 @@ class CodaPrompt(Method):
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the backbone with the images' prompts; the query is that of the bare backbone."""
-        query = self.frozen_features(images)
+        query = self.query(images)
         with torch.autocast(images.device.type, enabled=False):
             prompts = {layer: halves(pool(query)) for layer, pool in self.pools.items()}
         with prefixed(self.prefixes, prompts):

@@ -107,7 +107,7 @@ class CoLoR(Method):
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """Centres of the task's frozen features, then the rows, each image with the LoRA it would get."""
-        features = torch.cat([self.frozen_features(batch.images) for batch in loader()])
+        features = torch.cat([self.query(batch.images) for batch in loader()])
         wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
         seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
         found = _centres(features, wanted, seed).to(self.device)
@@ -118,7 +118,7 @@ class CoLoR(Method):
     def choose(self, images: Tensor) -> Tensor:
         """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
         # Without products: these take another path for larger batches, and near a tie another task.
-        features = self.frozen_features(images)
+        features = self.query(images)
         far = torch.cdist(features, self.centres, compute_mode="donot_use_mm_for_euclid_dist")
         return self.centre_task[far.argmin(1)]
 

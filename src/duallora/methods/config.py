@@ -19,9 +19,6 @@ class MethodConfig:
         head_learning_rate: Adam's learning rate of the heads, cosine to zero.
         calibration: how the calibrated readout joins heads, class model and task identity.
         tau: weight of the task posterior with ``calibration="task"``.
-        class_model: posterior over rows on the final feature.
-        random_features: number of random features with ``class_model="random_features"``.
-        ridge: their ridge; null chooses it by generalised cross-validation.
     """
 
     # Fields of this class that must be above 0; other numbers may be 0.
@@ -30,8 +27,6 @@ class MethodConfig:
         "batch_size",
         "head_learning_rate",
         "learning_rate",
-        "random_features",
-        "ridge",
     )
 
     epochs: int = 4
@@ -39,9 +34,6 @@ class MethodConfig:
     head_learning_rate: float = 5e-3
     calibration: Literal["class", "task", "none"] = "class"
     tau: float = 1.0
-    class_model: Literal["gaussian", "random_features"] = "gaussian"
-    random_features: int = 2000
-    ridge: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses values outside what a field allows.

@@ -42,10 +42,8 @@ class DualLoRAConfig(MethodConfig):
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
-        gate_suppress: multiply the weights by the familiarity of the image.
         top_tasks: most residual adapters that act on one image.
         learning_rate: Adam's learning rate of the adapters, cosine to zero.
-        drift: whether old rows follow the linear drift of the final features.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
@@ -60,10 +58,8 @@ class DualLoRAConfig(MethodConfig):
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
     first_adapted_layer: int | None = None
-    gate_suppress: bool = False
     top_tasks: int = 4
     learning_rate: float = 2e-3
-    drift: Literal["none", "linear"] = "none"
 
     def __post_init__(self) -> None:
         """Refuses combinations that contradict each other.
@@ -74,10 +70,6 @@ class DualLoRAConfig(MethodConfig):
         super().__post_init__()
         if not 0 < self.energy_threshold <= 1:
             raise DualLoRAError(f"energy_threshold must lie in (0, 1], not {self.energy_threshold}.")
-        if self.drift == "linear" and self.class_model == "random_features":
-            raise DualLoRAError(
-                "drift='linear' moves Gaussian rows; it cannot move class_model='random_features'."
-            )
         if self.first_adapted_layer == 0 and self.gate == "first":
             raise DualLoRAError(
                 "first_adapted_layer=0 leaves no frozen layer for gate='first'; take gate='layer' or 'off'."
@@ -86,11 +78,11 @@ class DualLoRAConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a pass saw: moments, gate features by layer (n, d), final features (n, d) and labels (n,)."""
+    """What a pass saw: moments, gate features by layer (n, m d), features (n, row_dim), labels (n,)."""
 
     moments: dict[Place, Moment]
     gate: dict[int, Tensor]
-    features: Tensor | None
+    features: Tensor
     labels: Tensor
 
 
@@ -101,6 +93,7 @@ class DualLoRA(Method):
     stores = "factors of O, bases and C of R, Phi, heads, class rows, gate rows"
     reconstruction = True
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
+    imprinted: ClassVar[bool] = True
     config: DualLoRAConfig
 
     def __init__(self, backbone: Backbone, config: DualLoRAConfig, seed: int) -> None:
@@ -113,21 +106,20 @@ class DualLoRA(Method):
             (layer, group): Subspace(module.dim) for layer, module in self.adapted.items() for group in groups
         }
         reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
-        self.memory = DynamicMemory(config.gate, self._gate_points(layers, groups[-1]), reader)
+        self.memory = DynamicMemory(config.gate, self._gate_points(layers, groups[-1], reader), reader)
         # Energies are read for the posterior even without R.
         if config.residual != "none" or self.memory.points:
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
-        self._start: Tensor | None = None  # final features before the task, only with drift
         self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
 
     # -- before the task -------------------------------------------------------------------------------------
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
-        """One pass with the model as the last task left it: gate rows, A_t and Psi_t, features for drift."""
+        """One pass with the model as the last task left it: the head's start, gate rows, A_t and Psi_t."""
         super().prepare(task, loader)
-        seen = self._pass(loader, final=self.config.drift == "linear")
-        self._start = seen.features
+        seen = self._pass(loader)
+        self.imprint(task, seen.features, seen.labels)
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
@@ -189,34 +181,14 @@ class DualLoRA(Method):
         self.orthogonal_norm, self.residual_norm = self._norms()
         for module in self.adapted.values():
             module.merge()
-        if self._start is not None and task.index > 0 and len(task.classes) > 1:
-            self._follow_drift(task, loader, self._start)
         seen = self._pass(loader, own=True)
         for place, subspace in self.subspaces.items():
             subspace.grow(seen.moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
-        if seen.features is not None:
-            self.remember(task, seen.features, seen.labels)
-        self._start, self._taken = None, {}
+        self.remember(task, seen.features, seen.labels)
+        self._taken = {}
         self.memory.release()
-
-    def _follow_drift(self, task: TaskInfo, loader: Loader, start: Tensor) -> None:
-        """Moves the old rows by ``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d``.
-
-        X: final features before the task (``start``); Y: after it as an old image meets the model, R_t off,
-        and the gate over earlier tasks.
-        """
-        self.memory.limit = task.index
-        try:
-            after, _ = self.observe(loader)
-        finally:
-            self.memory.limit = None
-        x, y = start.cpu().double(), after.cpu().double()
-        gram = x.T @ x
-        eye = torch.eye(len(gram), dtype=torch.float64)
-        ridge = 0.01 * float(gram.trace()) / len(gram)
-        self.rows.move(eye + torch.linalg.solve(gram + ridge * eye, x.T @ (y - x)))
 
     @torch.no_grad()
     def _norms(self) -> tuple[float, float]:
@@ -282,7 +254,7 @@ class DualLoRA(Method):
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
-    def _gate_points(self, layers: list[int], group: str) -> dict[int, GatePoint]:
+    def _gate_points(self, layers: list[int], group: str, reader: TokenReader) -> dict[int, GatePoint]:
         """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""
         config, energy = self.config, self.config.relevance == "energy"
         posterior = energy and config.calibration == "task"
@@ -292,9 +264,8 @@ class DualLoRA(Method):
         points = {}
         for layer in read:
             memory = EnergyMemory(self.subspaces[layer, group], self.device) if energy else None
-            points[layer] = GatePoint(
-                self.adapted[layer].dim, self.device, config.top_tasks, config.gate_suppress, memory
-            )
+            width = reader.parts(layer) * self.adapted[layer].dim
+            points[layer] = GatePoint(width, self.device, config.top_tasks, memory)
         return points
 
     def _energy_places(self) -> list[tuple[Place, Subspace]]:
@@ -314,13 +285,12 @@ class DualLoRA(Method):
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()
-    def _pass(self, loader: Loader, own: bool = False, final: bool = True) -> _Seen:
+    def _pass(self, loader: Loader, own: bool = False) -> _Seen:
         """A pass without gradients over the task's images.
 
         Args:
             loader: the task's images, evaluation view.
             own: leave each image out of its own row in the gate (the rows of the task exist already).
-            final: whether the final features are needed; else the pass stops at the last adapted projection.
         """
         attentions = {layer: self.backbone.attention(layer) for layer in self.adapted}
         features, labels = [], []
@@ -328,13 +298,9 @@ class DualLoRA(Method):
         with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
             for batch in loader():
                 with self.memory.own_images(batch.labels, batch.indices) if own else nullcontext():
-                    if final:
-                        features.append(self.features(batch.images))
-                    else:
-                        with self.autocast():
-                            self.backbone.project(batch.images, max(self.adapted))
+                    features.append(self.features(batch.images))
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
                     found.append(self.memory.features[layer])
         gate = {layer: torch.cat(found) for layer, found in gathered.items()}
-        return _Seen(moments, gate, torch.cat(features) if final else None, torch.cat(labels))
+        return _Seen(moments, gate, torch.cat(features), torch.cat(labels))

@@ -114,7 +114,7 @@ class DualPrompt(Method):
         """
         task = torch.full_like(batch.labels, len(self.heads.tasks) - 1)
         with self.autocast():
-            query = self.frozen_features(batch.images)
+            query = self.query(batch.images)
             features = self._prompted(batch.images, dict.fromkeys(self.experts, task)).float()
         loss = F.cross_entropy(self.heads.current(features), batch.labels)
         own = torch.stack([pool.similarity(query)[:, -1] for pool in self.experts.values()])
@@ -122,7 +122,7 @@ class DualPrompt(Method):
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the backbone with each image's own choice of an expert in every block."""
-        query = self.frozen_features(images)
+        query = self.query(images)
         return self._prompted(
             images, {layer: pool.similarity(query).argmax(1) for layer, pool in self.experts.items()}
         )

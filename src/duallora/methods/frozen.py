@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duallora.methods.base import Method
+from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
 
 
@@ -39,6 +39,12 @@ class Frozen(Method):
     paper = "frozen features"
     config: FrozenConfig
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
+    imprinted: ClassVar[bool] = True
+
+    def prepare(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass: the head starts as the classifier of the task's rows."""
+        super().prepare(task, loader)
+        self.imprint(task, *self.observe(loader))
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the bare backbone; those of augmented views, on which heads train, are never kept."""

@@ -94,10 +94,10 @@ class L2P(Method):
         return loss - self.config.pull * similarity.mean()
 
     def extract(self, images: Tensor) -> Tensor:
-        """Mean output of each image's own prompts (n, d)."""
+        """Mean output of each image's own prompts, as the final feature (n, row_dim)."""
         return self._prompted(images)[0]
 
     def _prompted(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, d), and the cosines of the queries with the chosen keys (B, top_k)."""
-        similarity, chosen = self.pool.select(self.frozen_features(images), self.config.top_k)
+        similarity, chosen = self.pool.select(self.query(images), self.config.top_k)
         return self.tokens.feature(images, self.pool(chosen)), similarity

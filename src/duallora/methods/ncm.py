@@ -47,10 +47,10 @@ class NCM(Method):
         """One pass: the task's prototypes become the weight of its head."""
         features, labels = self.observe(loader)
         self.remember(task, features, labels)
-        means = self.rows.moments.mean[self.rows.task == task.index]  # (|Y_t|, d), fp64
+        means = self.final(self.rows.moments.mean[self.rows.task == task.index])  # (|Y_t|, d), fp64
         self.heads.tasks[task.index].weight.copy_(F.normalize(means))  # type: ignore[operator]
 
     def head_logits(self, features: Tensor) -> Tensor:
         """Scaled cosines to all prototypes (n, R); the heads' biases are zero."""
-        logits: Tensor = self.config.scale * self.heads(F.normalize(features))
+        logits: Tensor = self.config.scale * self.heads(F.normalize(self.final(features)))
         return logits

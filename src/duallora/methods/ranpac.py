@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from duallora.relevance import part
 
 @dataclass(frozen=True)
 class RanPACConfig(MethodConfig):
-    """Fields of RanPAC; ``random_features`` and ``ridge`` of every method are those of its classifier.
+    """Fields of RanPAC.
 
     Attributes:
+        random_features: M, number of random features.
+        ridge: l; null chooses it by generalised cross-validation after every task.
         first_session: train a LoRA in the first task and keep it; without, nothing is trained at all and the
             fields below, ``epochs``, ``batch_size`` and ``head_learning_rate`` have no effect.
         rank: rank of that LoRA.
@@ -29,6 +31,10 @@ class RanPACConfig(MethodConfig):
         learning_rate: Adam's learning rate of the adapter, cosine to zero.
     """
 
+    positive: ClassVar[tuple[str, ...]] = ("random_features", "ridge")
+
+    random_features: int = 2000
+    ridge: float | None = None
     first_session: bool = False
     rank: int = 20
     projections: Literal["kv", "qv", "qkv"] = "kv"
@@ -45,8 +51,7 @@ class RanPAC(Method):
 
     def __init__(self, backbone: Backbone, config: RanPACConfig, seed: int) -> None:
         super().__init__(backbone, config, seed)
-        # With class_model="random_features" the class model of the calibration is the same model: once.
-        self.ridge = self.random or RandomFeatureModel(
+        self.ridge = RandomFeatureModel(
             backbone.feature_dim, config.random_features, config.ridge, seed, self.device
         )
         if config.first_session:
@@ -83,20 +88,17 @@ class RanPAC(Method):
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Rows of the calibration, then the ridge regression."""
         super().remember(task, features, labels)
-        if self.ridge is not self.random:
-            self.ridge.add(task.index, features, labels, len(task.classes))
+        self.ridge.add(task.index, self.final(features), labels, len(task.classes))
 
     def head_logits(self, features: Tensor) -> Tensor:
         """Log-posterior over rows (n, R) of the ridge regression."""
-        return self.ridge.log_q(features)
+        return self.ridge.log_q(self.final(features))
 
     def state(self) -> dict[str, Tensor]:
         """With the classifier's projection, sums and solution."""
-        own = {} if self.ridge is self.random else self.ridge.state()
-        return super().state() | {f"ridge.{name}": x for name, x in own.items()}
+        return super().state() | {f"ridge.{name}": x for name, x in self.ridge.state().items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what :meth:`state` gave."""
         super().load_state(tensors)
-        if self.ridge is not self.random:
-            self.ridge.load_state(part(tensors, "ridge"))
+        self.ridge.load_state(part(tensors, "ridge"))

@@ -69,7 +69,7 @@ class SLCA(Method):
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Rows of the calibration, then the Gaussians."""
         super().remember(task, features, labels)
-        self.gaussians.add(features, labels, len(task.classes))
+        self.gaussians.add(self.final(features), labels, len(task.classes))
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """One pass over the task's images; from the second task on all heads are aligned."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from duallora.adapters.beside import LowRank
 from duallora.backbones import Backbone
-from duallora.drift import linear_map, weakly_nonlinear_map
+from duallora.drift import linear_map, ridge_map, weakly_nonlinear_map
 from duallora.gaussians import Gaussians, refit
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
@@ -84,7 +84,7 @@ class SLDC(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Symmetric cross-entropy on the current head; from the second task on with distillation."""
-        f = self.features(batch.images)
+        f = self.final(self.features(batch.images))
         loss = symmetric_cross_entropy(self.heads.current(f), batch.labels)
         if not self._teacher:
             return loss
@@ -98,7 +98,7 @@ class SLDC(Method):
         for wrapper, weight in zip(self.beside.values(), self._teacher, strict=True):
             wrapper.effective = weight
         try:
-            return self.features(images)
+            return self.final(self.features(images))
         finally:
             for wrapper in self.beside.values():
                 wrapper.separate()
@@ -108,10 +108,10 @@ class SLDC(Method):
         self.merge()
         features, labels = self.observe(loader)
         if self._start is not None:
-            self._follow(self._drift(task, self._start, features))
+            self._follow(task, self._start, features)
         self._teacher, self._start = [], None
         self.remember(task, features, labels)
-        self.gaussians.add(features, labels, len(task.classes))
+        self.gaussians.add(self.final(features), labels, len(task.classes))
         refit(
             self.heads,
             self.gaussians.mean,
@@ -132,16 +132,24 @@ class SLDC(Method):
             before, after, self.config.drift_steps, self.generator(task.index, purpose=2)
         )
 
-    def _follow(self, drift: nn.Module) -> None:
-        """Moves means by the map, covariances by its Jacobians there, the pooled one by their mean."""
+    def _follow(self, task: TaskInfo, before: Tensor, after: Tensor) -> None:
+        """Moves means by the map, covariances by its Jacobians there, the pooled one by their mean.
+
+        The map is that of the final feature, SLDC's only one; what else the rows read follows a linear map
+        of its own.
+        """
+        drift = self._drift(task, self.final(before), self.final(after))
         mean, count = self.rows.moments.mean, self.rows.moments.count
-        point = mean.float().to(self.device)
+        point = self.final(mean).float().to(self.device)
         jacobian = torch.func.vmap(torch.func.jacrev(drift), chunk_size=16)(point).cpu().double()
         with torch.no_grad():
             moved = drift(point).cpu()
         self.gaussians.move(moved, jacobian)
         pooled = (jacobian * (count / count.sum())[:, None, None]).sum(0)
-        self.rows.move(pooled.T, moved.double())
+        dim = point.shape[1]
+        beside = ridge_map(before[:, dim:], after[:, dim:])
+        means = torch.cat([moved.double(), mean[:, dim:] @ beside], 1)
+        self.rows.move(torch.block_diag(pooled.T, beside), means)
 
     def state(self) -> dict[str, Tensor]:
         """With the Gaussians."""
