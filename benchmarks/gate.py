@@ -41,7 +41,7 @@ Set = tuple[Tensor, Tensor, int]  # features (n, d), labels inside the task (n,)
 
 @torch.no_grad()
 def tokens(backbone: Backbone, data: TaskDataset) -> dict[str, Tensor]:
-    """Class token beside mean patch token (n, 2 d) at the input of every attention and after the last block."""
+    """Class token and mean patch token (n, 2 d) at the input of every attention and after the last block."""
     view = evaluation_transform(backbone.info)
     found: dict[str, list[Tensor]] = {}
 

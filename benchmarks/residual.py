@@ -4,8 +4,8 @@
 
 FOLDER holds the images (``train/<class>/``, ``val/<class>/``). Every ``benchmarks/residual/NAME.yaml`` is an
 experiment: the fields of a method, the streams and the seeds it is run on; see ``residual_run.py``. A run is
-``OUT/NAME-STREAM-SEED.json``; one that is there is not repeated. ``--tables`` only writes ``OUT/tables.md`` and
-``OUT/oracle.png``.
+``OUT/NAME-STREAM-SEED.json``; one that is there is not repeated. ``--tables`` only writes ``OUT/tables.md``
+and ``OUT/oracle.png``.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/residual_run.py EXPERIMENT.yaml STREAM SEED FOLDER OUT.json
 
-EXPERIMENT.yaml names the method and its fields (``method``), the images a class (``train_per_class``), what is
-measured (``test: held_back``, the 50 training images of each class that follow, or ``val``) and whether the
-gate is mixed with the true task (``oracle``). ``benchmarks/residual.py`` runs all that is missing.
+EXPERIMENT.yaml names the method and its fields (``method``), the images a class (``train_per_class``), what
+is measured (``test: held_back``, the 50 training images of each class that follow, or ``val``) and whether
+the gate is mixed with the true task (``oracle``). ``benchmarks/residual.py`` runs all that is missing.
 
 After each task only its own test images are looked at, and all of them after the last one: enough for final
 figures and for forgetting. The class rows are kept several times, so that one training answers several

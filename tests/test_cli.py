@@ -209,7 +209,7 @@ def test_the_reference_configurations() -> None:
         ("run --out x --method lora --method.residual own", ["--method.residual", "duallora", "not of"]),
         ("run --out x --method.rank many", ["--method.rank does not take many", "a whole number"]),
         ("run --out x --method.tau much", ["a number"]),
-        ("run --out x --method.gate_suppress maybe", ["true or false"]),
+        ("run --out x --method ranpac --method.first_session maybe", ["true or false"]),
         ("run --out x --order alphabetic", ["did you mean alphabetical", "a whole number"]),
         ("run --out x --augment crap", ["did you mean crop", "crop,flip"]),
         ("run --out x --device gpu", ["auto", "cuda"]),

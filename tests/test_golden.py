@@ -7,12 +7,17 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
-from duallora import ContinualLearner, checkpoint, streams
+from duallora import ContinualLearner, DualLoRAError, checkpoint, streams
 from golden import make
 
-GOLDEN = make.HERE / "format-1"
+GOLDEN = make.HERE / "format-2"
+
+
+def load(folder: Path) -> ContinualLearner:
+    return ContinualLearner.load(folder, device="cpu", backbone=make.backbone(GOLDEN))
 
 
 def expected() -> dict[str, torch.Tensor]:
@@ -21,7 +26,7 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def test_the_golden_model_predicts_what_it_did() -> None:
-    learner = ContinualLearner.load(GOLDEN / "model", device="cpu")
+    learner = load(GOLDEN / "model")
     assert [task.name for task in learner.tasks] == ["task 1", "task 2"]
     assert learner.classes == list(make.stream().class_order) == ["0", "2", "3", "1"]
     found = make.figures(learner.outputs_of([make.batch(learner)]))
@@ -40,23 +45,40 @@ def test_the_expected_values_say_something() -> None:
 
 def test_the_golden_model_goes_on_learning(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "model", tmp_path / "model")
-    learner = ContinualLearner.load(tmp_path / "model", device="cpu")
+    learner = load(tmp_path / "model")
     images = make.batch(learner)
     before = learner.outputs_of([images])
     more = streams.digits(tasks=1, classes=10, train_per_class=6, order_seed="alphabetical").tasks[0].train
     learner.learn(more, name="task 3")
     learner.save(tmp_path / "model")
-    loaded = ContinualLearner.load(tmp_path / "model", device="cpu")
+    loaded = load(tmp_path / "model")
     assert [task.name for task in loaded.tasks] == ["task 1", "task 2", "task 3"]
     assert len(loaded.classes) == 10
     checkpoint.undo(tmp_path / "model")
-    restored = ContinualLearner.load(tmp_path / "model", device="cpu")
+    restored = load(tmp_path / "model")
     assert torch.equal(restored.outputs_of([images]).heads, before.heads)
 
 
 def test_the_golden_files_are_what_they_were() -> None:
     manifest = json.loads((GOLDEN / "model" / "model.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == checkpoint.FORMAT_VERSION == 2
     data = (GOLDEN / "model" / manifest["weights"]).read_bytes()
     assert hashlib.sha256(data).hexdigest() == manifest["files"][manifest["weights"]]
     assert len(data) < 1_500_000
+
+
+def test_a_model_of_the_first_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """Its class rows are of the final feature alone: there is nothing to go on from."""
+    shutil.copytree(make.HERE / "format-1" / "model", tmp_path / "model")
+    before = (tmp_path / "model" / "model.json").read_bytes()
+    for act in (
+        lambda: ContinualLearner.load(tmp_path / "model", device="cpu"),
+        lambda: checkpoint.undo(tmp_path / "model"),
+        lambda: ContinualLearner("embedded", device="cpu").save(tmp_path / "model"),
+    ):
+        with pytest.raises(
+            DualLoRAError, match=r"earlier duallora \(format 1, .*teach the model again"
+        ) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "model" / "model.json").read_bytes() == before

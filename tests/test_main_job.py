@@ -66,11 +66,14 @@ def test_both_methods_do_learn(runs: Runs) -> None:
 
 
 def test_the_same_number_of_directions_is_trained(runs: Runs) -> None:
-    """B and C of DualLoRA are as large as B of sequential LoRA, which trains its A beside it."""
+    """B and C of DualLoRA are as large as B of sequential LoRA, which trains its A beside it.
+
+    The heads of DualLoRA read all that class rows read, those of sequential LoRA the final feature.
+    """
     dual, lora = (runs[name][1]["tasks"] for name in ("duallora", "lora"))
     layers, width, rank = 4, 192, 20
-    head = 2 * (width + 1)
-    assert [t["trainable_parameters"] for t in dual] == [layers * rank * 2 * width + head] * TASKS
+    head, wide = 2 * (width + 1), 2 * (4 * width + 1)
+    assert [t["trainable_parameters"] for t in dual] == [layers * rank * 2 * width + wide] * TASKS
     assert [t["trainable_parameters"] for t in lora] == [layers * rank * 3 * width + head] * TASKS
 
 

@@ -1,4 +1,4 @@
-"""Weights of the residual adapters: by Gaussian rows, by energy, selected, suppressed and limited."""
+"""Weights of the residual adapters: by Gaussian rows, by energy, and selected."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ DIM, TASKS, CPU = 6, 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
-def task_images(task: int, classes: int = 2, per_class: int = 6) -> tuple[Tensor, Tensor]:
+def task_images(task: int, classes: int = 2, per_class: int = 6, dim: int = DIM) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(task)
     labels = torch.arange(classes * per_class) % classes
-    centres = torch.randn(classes, DIM, generator=generator)
-    return centres[labels] + 0.7 * torch.randn(len(labels), DIM, generator=generator), labels
+    centres = torch.randn(classes, dim, generator=generator)
+    return centres[labels] + 0.7 * torch.randn(len(labels), dim, generator=generator), labels
 
 
 def probes(count: int = 12) -> Tensor:
     return torch.randn(count, DIM, generator=torch.Generator().manual_seed(77))
 
 
-def gaussian_point(tasks: int = TASKS, top_tasks: int = 4, suppress: bool = False) -> GatePoint:
-    point = GatePoint(DIM, CPU, top_tasks, suppress, None)
+def gaussian_point(tasks: int = TASKS, top_tasks: int = 4, dim: int = DIM) -> GatePoint:
+    point = GatePoint(dim, CPU, top_tasks, None)
     for task in range(tasks):
-        features, labels = task_images(task)
+        features, labels = task_images(task, dim=dim)
         point.observe(task, features, labels, 2, None)
     return point
 
@@ -41,8 +41,9 @@ def gaussian_point(tasks: int = TASKS, top_tasks: int = 4, suppress: bool = Fals
 def naive_relevance(point: GatePoint, f: Tensor, tasks: int) -> Tensor:
     """``softmax over rows (kappa s)`` summed by task, from the stored moments, in fp64."""
     m = point.rows.moments
-    sigma0 = m.scatter / (float(m.count.sum()) - len(m.count))
-    sigma = sigma0 + max(0.1 * float(sigma0.trace()) / DIM, 1e-4) * torch.eye(DIM, dtype=torch.float64)
+    freedom = float(m.count.sum()) - len(m.count)
+    sigma = m.scatter / freedom
+    sigma = sigma + (DIM / freedom) ** 1.5 / 2 * torch.diag(sigma.diagonal())
     inverse = torch.linalg.inv(sigma)
     result = []
     for image in f.double():
@@ -91,35 +92,6 @@ def test_the_first_tasks_weight_is_one() -> None:
     assert torch.equal(energy.weights(probes()), torch.ones(12, 1))
 
 
-def test_suppression_multiplies_by_familiarity() -> None:
-    plain, suppressed = gaussian_point(), gaussian_point(suppress=True)
-    f = torch.cat([probes(), 20 * probes(2)])
-    familiarity = suppressed.rows.familiarity(f)
-    near(suppressed.weights(f), plain.weights(f) * familiarity[:, None])
-    assert float(suppressed.weights(f)[-2:].max()) < 1e-4
-    assert float(familiarity.max()) > 0.5
-
-
-@pytest.mark.parametrize("limit", [1, 2, 5])
-def test_a_limit_hides_later_tasks(limit: int) -> None:
-    point = gaussian_point()
-    found = point.weights(probes(), tasks=limit)
-    expected = torch.ones(12, 1) if limit == 1 else keep_top(naive_relevance(point, probes(), limit), 4)
-    assert found.shape == (12, TASKS)
-    near(found[:, :limit], expected)
-    assert not bool(found[:, limit:].any())
-
-
-def test_a_limit_hides_the_familiarity_with_later_tasks_too() -> None:
-    """An image of the latest task is as unfamiliar to the limited memory as it was before that task."""
-    point, before = gaussian_point(3, suppress=True), gaussian_point(2, suppress=True)
-    images = task_images(2)[0] + 6
-    labels = task_images(2)[1]
-    point.observe(2, images, labels, 2, None)
-    assert float(before.weights(images).max()) < 0.05
-    assert float(point.weights(images, tasks=2).max()) < 0.05
-
-
 def test_own_images_are_left_out_of_their_row() -> None:
     point = gaussian_point(3)
     f0, labels = task_images(2)
@@ -159,7 +131,7 @@ def energy_point(sizes: list[int], top_tasks: int = 4) -> tuple[GatePoint, list[
     )[0]
     subspace = Subspace(DIM)
     subspace.phi, subspace.sizes = vectors[:, : sum(sizes)], list(sizes)
-    point = GatePoint(DIM, CPU, top_tasks, False, EnergyMemory(subspace, CPU))
+    point = GatePoint(DIM, CPU, top_tasks, EnergyMemory(subspace, CPU))
     blocks = [subspace.block(task) for task in range(len(sizes))]
     for task, block in enumerate(blocks):
         features, labels = energy_images(task)
@@ -198,6 +170,22 @@ def test_energies_equal_the_formula_and_average_one_on_own_images() -> None:
         assert float(point.energy.energies(energy_images(task)[0])[:, task].mean()) == pytest.approx(
             1, rel=1e-5
         )
+
+
+def test_energies_are_read_of_the_first_columns_alone() -> None:
+    """The bases are those of the class token; the mean patch token stands behind it."""
+    point, blocks = energy_point([3, 1, 2])
+    other, energy = torch.randn(12, DIM, generator=torch.Generator().manual_seed(4)), point.energy
+    wide = torch.cat([probes(), 5 * other], 1)
+    near(energy.energies(wide), energy.energies(probes()))
+    near(energy.log_posterior(wide), energy.log_posterior(probes()), atol=1e-3)
+    features, _ = energy_images(2)
+    mean, losses = energy.means[2], energy.losses[2].clone()
+    wide = torch.cat([features, features.flip(1)], 1)
+    energy.replace(2, blocks[2], wide)
+    energy.fit(2, wide)
+    assert energy.means[2] == pytest.approx(mean, rel=1e-5)
+    near(energy.losses[2], losses, rtol=1e-3, atol=1e-3)
 
 
 def test_energy_weights_are_capped_at_one_and_selected() -> None:
@@ -250,10 +238,10 @@ def test_a_basis_that_turns_out_empty_takes_its_loss_along() -> None:
 @pytest.mark.parametrize("sizes", [None, [3, 0, 2]])
 def test_state_restores_the_weights(sizes: list[int] | None) -> None:
     if sizes is None:
-        point, other = gaussian_point(3), GatePoint(DIM, CPU, 4, False, None)
+        point, other = gaussian_point(3), GatePoint(DIM, CPU, 4, None)
     else:
         point, _ = energy_point(sizes)
-        other = GatePoint(DIM, CPU, 4, False, EnergyMemory(point.energy.subspace, CPU))
+        other = GatePoint(DIM, CPU, 4, EnergyMemory(point.energy.subspace, CPU))
     other.load_state({name: x.clone() for name, x in point.state().items()})
     assert torch.equal(other.weights(probes()), point.weights(probes()))
     if sizes is not None:
@@ -267,8 +255,13 @@ def tokens(seed: int = 0, batch: int = 4) -> Tensor:
     return torch.randn(batch, 5, DIM, generator=torch.Generator().manual_seed(seed))
 
 
+def described(x: Tensor) -> Tensor:
+    """Class token and mean patch token of x (B, 5, d), which the gate reads above the first layer."""
+    return torch.cat([x[:, 0], (x[:, 1] + x[:, 2] + x[:, 3] + x[:, 4]) / 4], 1)
+
+
 def gate(mode: str, layers: list[int], tasks: int = 3) -> DynamicMemory:
-    points = {layer: gaussian_point(tasks) for layer in layers}
+    points = {layer: gaussian_point(tasks, dim=2 * DIM) for layer in layers}
     memory = DynamicMemory(mode, points, TokenReader(True, 1))
     memory.tasks = tasks
     return memory
@@ -277,52 +270,58 @@ def gate(mode: str, layers: list[int], tasks: int = 3) -> DynamicMemory:
 def test_one_gate_serves_all_layers_above() -> None:
     memory = gate("first", [2])
     first = memory.gate(2, tokens(0))
-    near(first, memory.points[2].weights(tokens(0)[:, 0]))
+    near(first, memory.points[2].weights(described(tokens(0))))
     assert torch.equal(memory.gate(3, tokens(1)), first), "later layers use what the first one found"
-    assert torch.equal(memory.features[2], tokens(0)[:, 0]) and 3 not in memory.features
+    near(memory.features[2], described(tokens(0)))
+    assert 3 not in memory.features
     assert torch.equal(memory.mean_weights(), first)
 
 
 def test_each_layer_may_have_its_own_gate() -> None:
     memory = gate("layer", [2, 3])
     first, second = memory.gate(2, tokens(0)), memory.gate(3, tokens(1))
-    near(second, memory.points[3].weights(tokens(1)[:, 0]))
+    near(second, memory.points[3].weights(described(tokens(1))))
     assert not torch.equal(first, second)
     near(memory.mean_weights(), (first + second) / 2)
 
 
-def test_without_a_gate_all_tasks_act_but_hidden_ones() -> None:
+def test_without_a_gate_all_tasks_act() -> None:
     memory = gate("off", [])
     assert torch.equal(memory.gate(2, tokens()), torch.ones(4, 3))
-    memory.limit = 2
-    assert torch.equal(memory.gate(2, tokens()), torch.tensor([[1.0, 1.0, 0.0]] * 4))
+
+
+def test_the_mean_patch_token_tells_tasks_apart_where_the_class_token_does_not() -> None:
+    """Two tasks whose class tokens are alike and whose patches differ."""
+    memory = DynamicMemory("first", {1: GatePoint(2 * DIM, CPU, 4, None)}, TokenReader(True, 1))
+    drawn = [tokens(task, 16) for task in range(2)]
+    for task, x in enumerate(drawn):
+        x[:, 1:] += 1.5 * (2 * task - 1)
+        memory.gate(1, x)
+        memory.points[1].observe(task, memory.features[1], torch.arange(16) % 2, 2, None)
+    memory.tasks = 2
+    for task in range(2):
+        x = tokens(10 + task, 16)
+        x[:, 1:] += 1.5 * (2 * task - 1)
+        assert float(memory.gate(1, x)[:, task].mean()) > 0.9
 
 
 def test_before_the_first_task_there_are_no_weights_but_features() -> None:
-    memory = DynamicMemory("first", {1: GatePoint(DIM, CPU, 4, False, None)}, TokenReader(True, 1))
+    memory = DynamicMemory("first", {1: GatePoint(2 * DIM, CPU, 4, None)}, TokenReader(True, 1))
     assert memory.gate(1, tokens()) is None and memory.mean_weights() is None
-    assert torch.equal(memory.features[1], tokens()[:, 0])
+    near(memory.features[1], described(tokens()))
 
 
 def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> None:
     memory = gate("first", [2])
     point = memory.points[2]
-    f0, labels = task_images(2)
+    f0, labels = task_images(2, dim=2 * DIM)
     point.observe(2, f0, labels, 2, None)
     picked = torch.tensor([7, 0, 4])
     x = tokens(5, 3)
     with memory.own_images(labels[picked], picked):
         found = memory.gate(2, x)
-    near(found, point.weights(x[:, 0], point.rows.own(2, labels[picked], f0[picked])))
+    near(found, point.weights(described(x), point.rows.own(2, labels[picked], f0[picked])))
     assert not torch.equal(found, memory.gate(2, x)), "outside the context nothing is left out"
-
-
-def test_the_limit_reaches_the_gate() -> None:
-    memory = gate("first", [2])
-    memory.limit = 2
-    found = memory.gate(2, tokens())
-    assert not bool(found[:, 2].any())
-    near(found.sum(1), torch.ones(4))
 
 
 def test_part_takes_what_lies_below_a_prefix() -> None:

@@ -1,4 +1,4 @@
-"""Class rows read all of the backbone's columns, heads the final feature alone."""
+"""Class rows read all of the backbone's columns; heads that are not imprinted the final feature alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duallora.backbones import Backbone
 from small_tasks import Patterns, small_config, three_tasks, unseen
 from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 
-TASKS = three_tasks(8)
+TASKS = three_tasks(20)
 
 
 def blind(backbone: Backbone) -> Backbone:
@@ -23,7 +23,7 @@ def blind(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def taught(backbone: Backbone, name: str = "frozen") -> ContinualLearner:
+def taught(backbone: Backbone, name: str = "linear") -> ContinualLearner:
     learner = ContinualLearner(backbone, small_config(name), device="cpu")
     learner.method.autocast = nullcontext
     for task in TASKS:
@@ -40,9 +40,8 @@ def test_classes_that_differ_only_below_the_adapters_are_found(family: str) -> N
     data = unseen(TASKS, 6)
     outputs = learner.outputs(data)
     assert outputs.calibrated is not None and outputs.task_posterior is not None
-    for row, name in enumerate(data.classes):
-        images = [i for i, target in enumerate(data.targets) if data.classes[target] == name]
-        assert outputs.calibrated[images].argmax(1).eq(row).float().mean() > 0.7, name
+    found = outputs.calibrated.argmax(1).eq(torch.tensor(data.targets)).float()  # rows: classes in this order
+    assert found.mean() > 0.8 and found.reshape(7, 6).mean(1).min() > 0.4, found.reshape(7, 6)
     assert (outputs.heads - outputs.heads[:1]).abs().max() < 1e-5, "the heads cannot tell them apart"
     assert outputs.features.shape == (len(data), backbone.feature_dim)
 
@@ -59,8 +58,10 @@ def test_the_rows_of_a_method_are_moments_of_all_columns() -> None:
     torch.testing.assert_close(rows.moments.mean, torch.stack(means), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "lora", "duallora", "slca", "sldc", "l2p", "dualprompt"])
-def test_heads_and_features_of_the_outputs_are_the_final_features(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["linear", "lora", "slca", "sldc", "l2p", "dualprompt", "duallora", "frozen"]
+)
+def test_features_of_the_outputs_are_the_final_ones_and_what_heads_read(name: str) -> None:
     learner = taught(tiny_backbone(), name)
     method, data = learner.method, Patterns(["ant", "fox"], 3, seed=5)
     images = torch.stack([learner.preprocess(image) for image in data.images])
@@ -70,8 +71,10 @@ def test_heads_and_features_of_the_outputs_are_the_final_features(name: str) -> 
     assert features.shape == (6, 4 * WIDTH)
     assert torch.equal(readout.features, features[:, :WIDTH])
     assert torch.equal(method.final(features), features[:, :WIDTH])
-    assert torch.equal(readout.heads, method.heads(features[:, :WIDTH]).log_softmax(1))
+    width = 4 * WIDTH if method.imprinted else WIDTH
+    assert torch.equal(readout.heads, method.heads(features[:, :width]).log_softmax(1))
+    assert [head.in_features for head in method.heads.tasks] == [width] * 3
     other = features.clone()
     other[:, WIDTH:] = 7.0
-    assert torch.equal(method.head_logits(other), method.head_logits(features))
-    assert [head.in_features for head in method.heads.tasks] == [WIDTH] * 3
+    same = torch.equal(method.head_logits(other), method.head_logits(features))
+    assert same != method.imprinted

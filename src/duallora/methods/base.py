@@ -155,7 +155,8 @@ class Method:
         """
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
         self.rows.fit(task.index, features, labels)
-        self.heads.imprint(*self.rows.linear(task.index))
+        if len(labels) > len(task.classes):  # single images have no spread to weigh features by
+            self.heads.imprint(*self.rows.linear(task.index))
 
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
