@@ -62,7 +62,7 @@ def main() -> int:
     frozen = load_backbone(args.backbone, pretrained=args.backbone == "embedded")
     learner = ContinualLearner(
         load_backbone(args.backbone, pretrained=args.backbone == "embedded"),
-        DualLoRAConfig(epochs=1),
+        DualLoRAConfig(rank=10, residual="own", epochs=1),
         device=args.device,
     )
     size = frozen.info.input_size[1]

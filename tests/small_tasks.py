@@ -67,6 +67,7 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
         "epochs": 1,
         "batch_size": 8,
         "rank": 4,
+        "residual": "next",
         "residual_rank": 4,
         "energy_threshold": 0.7,
         "learning_rate": 2e-2,

@@ -321,8 +321,8 @@ def test_a_missing_weight_file(model: Path, refused: Refused) -> None:
     [
         ("--method lora", ["--method duallora, not lora"]),
         ("--method lora --method.rank 10", ["--method duallora, not lora"]),
-        ("--method.rank 5", ["--method.rank 10, not 5"]),
-        ("--method.residual own --epochs 2", ["--method.residual next, not own"]),
+        ("--method.rank 5", ["--method.rank 20, not 5"]),
+        ("--method.residual own --epochs 2", ["--method.residual none, not own"]),
         ("--backbone vit_base_patch16_224.augreg_in21k", ["--backbone tiny-vit, not vit_base"]),
         ("--backbone-file pets/cat/000.png", ["sha256", "pets/cat/000.png has"]),
         ("--backbone-file nowhere", ["nowhere cannot be read"]),
@@ -337,7 +337,7 @@ def test_a_wish_that_the_model_does_not_store(
 
 
 def test_what_the_model_stores_may_be_said_again(call: Call, model: Path) -> None:
-    words = ["--method", "duallora", "--method.rank", 10, "--backbone", "tiny-vit", "--epochs", 1]
+    words = ["--method", "duallora", "--method.rank", 20, "--backbone", "tiny-vit", "--epochs", 1]
     assert call("learn", "model", "pets", *words).code == 0
 
 

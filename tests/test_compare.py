@@ -480,6 +480,8 @@ def _own(name: str) -> dict[str, Any]:
         (
             "duallora-paper",
             {
+                "rank": 10,
+                "residual": "next",
                 "relevance": "energy",
                 "moments": "class_token",
                 "projections": "qv",

@@ -48,7 +48,9 @@ def random_task(index: int, count: int = 12, classes: int = 2) -> Data:
 
 def method_of(backbone: Backbone | None = None, **fields: Any) -> DualLoRA:
     fields = {"rank": 4, "residual_rank": 3} | fields
-    return DualLoRA(tiny_backbone() if backbone is None else backbone, DualLoRAConfig(**fields), 0)
+    return DualLoRA(
+        tiny_backbone() if backbone is None else backbone, DualLoRAConfig(**{"residual": "next"} | fields), 0
+    )
 
 
 def train(method: DualLoRA, data: Data, steps: int = 12, learning_rate: float = 2e-2) -> None:

@@ -23,7 +23,10 @@ Runs = dict[str, tuple[Path, dict[str, Any]]]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Folder and results of both methods under the same epochs, seed and order."""
-    configs: dict[str, MethodConfig] = {"duallora": DualLoRAConfig(**FAST), "lora": LoRAConfig(**FAST)}
+    configs: dict[str, MethodConfig] = {
+        "duallora": DualLoRAConfig(rank=10, residual="own", **FAST),
+        "lora": LoRAConfig(**FAST),
+    }
     found: Runs = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "_SPEED_IMAGES", 16)

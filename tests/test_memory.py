@@ -256,17 +256,18 @@ def test_a_feature_without_variance_is_no_division_by_zero(apart: float) -> None
 
 
 def test_classes_of_a_single_image_each_are_told_by_the_nearest() -> None:
-    """There is no scatter at all: what is left is the floor, the same in every direction."""
+    """There is no scatter at all: a class is taken to be as wide as the images lie apart, feature by feature."""
     generator = torch.Generator().manual_seed(8)
     images = torch.randn(5, DIM, generator=generator)
     memory = learned([(images[:3], torch.arange(3)), (images[3:], torch.arange(2))])
     assert not bool(memory.moments.scatter.any())
-    weight = sorted([1e-4, DIM**1.5 / 2, 10.0])[1]
-    assert_close(shrunk(memory.moments.scatter, 1.0), 1e-4 * weight * torch.eye(DIM, dtype=torch.float64))
     probes = torch.randn(40, DIM, generator=generator)
     found = memory.log_q(probes)
     assert bool(found.isfinite().all()) and bool(memory.familiarity(probes).isfinite().all())
-    assert found.argmax(1).tolist() == torch.cdist(probes, images).argmin(1).tolist()
+    wide = images.std(0)
+    assert found.argmax(1).tolist() == torch.cdist(probes / wide, images / wide).argmin(1).tolist()
+    other = learned([(100 * images[:3], torch.arange(3)), (100 * images[3:], torch.arange(2))])
+    near(other.log_q(100 * probes), found, atol=1e-3)
     assert memory.log_q(images).argmax(1).tolist() == [0, 1, 2, 3, 4]
 
 

@@ -156,7 +156,8 @@ def test_only_ranpac_has_random_features(name: str) -> None:
 
 
 def test_every_field_and_every_choice_is_tried() -> None:
-    tried: dict[str, set[Any]] = {field.name: {field.default} for field in fields(DualLoRAConfig)}
+    plain = small_config()
+    tried = {field.name: {field.default, getattr(plain, field.name)} for field in fields(DualLoRAConfig)}
     for start, change, _ in CASES:
         for key, value in {**start, **change}.items():
             tried[key].add(value)
@@ -337,7 +338,7 @@ def test_the_controls_refuse_as_well(config: Any) -> None:
 
 def test_contradictions_are_refused() -> None:
     with pytest.raises(DualLoRAError, match="first_adapted_layer=0 leaves no frozen layer"):
-        DualLoRAConfig(first_adapted_layer=0)
+        DualLoRAConfig(first_adapted_layer=0, residual="own")
     for method in ("duallora", "lora"):
         with pytest.raises(DualLoRAError, match="first_adapted_layer must be below 3"):
             new_learner(small_config(method, first_adapted_layer=3), depth=DEPTH)
@@ -346,7 +347,8 @@ def test_contradictions_are_refused() -> None:
 def test_valid_limits_are_accepted() -> None:
     DualLoRAConfig(energy_threshold=1, tau=0, first_adapted_layer=None, top_tasks=1)
     RanPACConfig(ridge=None, random_features=1)
-    DualLoRAConfig(first_adapted_layer=0, gate="off")
+    DualLoRAConfig(first_adapted_layer=0, residual="own", gate="off")
+    DualLoRAConfig(first_adapted_layer=0)  # no residual adapter, nothing for a gate to read
     DualLoRAConfig(learning_rate=1, tau=1)  # an int where a float is meant
     RanPACConfig(ridge=1)
 

@@ -242,7 +242,12 @@ class RowMemory:
 
     def _refresh(self) -> None:
         m = self.moments
-        factor = torch.linalg.cholesky(shrunk(m.scatter, max(float(m.count.sum()) - len(m.count), 1.0)))
+        scatter, freedom = m.scatter, float(m.count.sum()) - len(m.count)
+        if (
+            freedom < 1
+        ):  # single images say nothing of the spread inside a class: as wide as that between them
+            scatter, freedom = torch.diag((m.mean - m.mean.mean(0)).square().sum(0)), max(len(m.mean) - 1, 1)
+        factor = torch.linalg.cholesky(shrunk(scatter, freedom))
         centre = m.mean.mean(0) if len(m.mean) else torch.zeros(self.dim, dtype=torch.float64)
         nu = torch.linalg.solve_triangular(factor, (m.mean - centre).T, upper=False).T
         inverse = torch.linalg.solve_triangular(

@@ -64,7 +64,9 @@ def main() -> None:
     folder.mkdir()
     weights = tiny_backbone(depth=3).model.state_dict()
     safetensors.torch.save_file(weights, folder / "backbone.safetensors")
-    config = DualLoRAConfig(rank=2, residual_rank=2, energy_threshold=0.6, epochs=1, batch_size=8)
+    config = DualLoRAConfig(
+        rank=2, residual="next", residual_rank=2, energy_threshold=0.6, epochs=1, batch_size=8
+    )
     learner = ContinualLearner(backbone(folder), config, seed=3, device="cpu", augment="crop")
     for task in stream():
         learner.learn(task.train, name=task.name)

@@ -38,7 +38,7 @@ class DualLoRAConfig(MethodConfig):
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
         orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
-        residual: where the residual adapter's bases come from.
+        residual: where the residual adapter's bases come from; by default there is none (docs/residual.md).
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
@@ -48,13 +48,13 @@ class DualLoRAConfig(MethodConfig):
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
-    rank: int = 10
+    rank: int = 20
     residual_rank: int = 10
     projections: Literal["kv", "qv", "qkv"] = "kv"
     moments: Literal["tokens", "class_token"] = "tokens"
     orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
-    residual: Literal["next", "protected", "own", "none"] = "next"
+    residual: Literal["none", "next", "protected", "own"] = "none"
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
     first_adapted_layer: int | None = None
@@ -70,7 +70,7 @@ class DualLoRAConfig(MethodConfig):
         super().__post_init__()
         if not 0 < self.energy_threshold <= 1:
             raise DualLoRAError(f"energy_threshold must lie in (0, 1], not {self.energy_threshold}.")
-        if self.first_adapted_layer == 0 and self.gate == "first":
+        if self.first_adapted_layer == 0 and self.gate == "first" and self.residual != "none":
             raise DualLoRAError(
                 "first_adapted_layer=0 leaves no frozen layer for gate='first'; take gate='layer' or 'off'."
             )
