@@ -115,31 +115,46 @@ def tables(out: Path, known: dict[str, dict[str, Any]]) -> str:
 
 
 def curve(out: Path, known: dict[str, dict[str, Any]]) -> None:
-    """Picture of what a better gate would bring: accuracy given the task over the share of the true task."""
+    """Picture of what a better gate would bring: accuracy over the share of the true task in the weights."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    streams = ("random", "semantic", "domains")
-    figure, axes = pyplot.subplots(1, len(streams), figsize=(12, 3.6), layout="constrained")
-    for axis, stream in zip(axes, streams, strict=True):
-        for name, experiment in known.items():
-            path = place(out, (name, stream, 0))
-            if not experiment.get("oracle") or not path.exists():
-                continue
-            result = json.loads(path.read_text())
-            mixed = {0.0: result["readouts"]} | {float(m): r for m, r in (result["oracle"] or {}).items()}
-            for readout, style in (("heads", "-"), ("calibrated all", "--")):
-                values = [100 * found[readout]["given_task"] for found in mixed.values()]
-                axis.plot(list(mixed), values, style, marker=".", label=f"{name}, {readout}")
-        axis.set_title(stream)
-        axis.set_xlabel("share of the true task in the gate")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy given the task (%)")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "oracle.png", dpi=110)
-    pyplot.close(figure)
+    names = [name for name, experiment in known.items() if experiment.get("oracle")]
+    streams = [s for s in known["none"]["streams"] if any(place(out, (n, s, 0)).exists() for n in names)]
+    figures = {"given_task": "given the task (%)", "accuracy": "among all classes (%)"}
+    size = (4 * len(streams) + 2, 6)
+    picture, axes = pyplot.subplots(
+        2, len(streams), figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    for column, stream in enumerate(streams):
+        axes[0][column].set_title(stream)
+        axes[1][column].set_xlabel("share of the true task in the gate")
+        for axis, figure in zip(axes[:, column], figures, strict=True):
+            axis.grid(alpha=0.3)
+            reference = place(out, ("none", stream, 0))
+            if reference.exists():
+                value = json.loads(reference.read_text())["readouts"]["calibrated all"][figure]
+                axis.axhline(100 * value, color="grey", linestyle=":", label="none, calibrated")
+            for number, name in enumerate(names):
+                path = place(out, (name, stream, 0))
+                if path.exists():
+                    _draw(axis, json.loads(path.read_text()), name, figure, f"C{number}")
+    for row, title in zip(axes, figures.values(), strict=True):
+        row[0].set_ylabel(title)
+    drawn = [axis.get_legend_handles_labels() for axis in axes[0]]
+    handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
+    picture.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
+    picture.savefig(out / "oracle.png", dpi=110)
+    pyplot.close(picture)
+
+
+def _draw(axis: Any, result: dict[str, Any], name: str, figure: str, colour: str) -> None:
+    mixed = {0.0: result["readouts"]} | {float(m): read for m, read in (result["oracle"] or {}).items()}
+    for readout, style in (("heads", "-"), ("calibrated all", "--")):
+        values = [100 * read[readout][figure] for read in mixed.values()]
+        axis.plot(list(mixed), values, style, color=colour, marker=".", label=f"{name}, {readout.split()[0]}")
 
 
 def main() -> int:

@@ -256,7 +256,7 @@ def test_a_feature_without_variance_is_no_division_by_zero(apart: float) -> None
 
 
 def test_classes_of_a_single_image_each_are_told_by_the_nearest() -> None:
-    """There is no scatter at all: a class is taken to be as wide as the images lie apart, feature by feature."""
+    """There is no scatter at all: a class is taken to be as wide as the images lie apart in each feature."""
     generator = torch.Generator().manual_seed(8)
     images = torch.randn(5, DIM, generator=generator)
     memory = learned([(images[:3], torch.arange(3)), (images[3:], torch.arange(2))])
