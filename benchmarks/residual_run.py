@@ -4,7 +4,8 @@
 
 EXPERIMENT.yaml names the method and its fields (``method``), the images a class (``train_per_class``), what
 is measured (``test: held_back``, the 50 training images of each class that follow, or ``val``) and whether
-the gate is mixed with the true task (``oracle``). ``benchmarks/residual.py`` runs all that is missing.
+the gate is mixed with the true task (``oracle``) or replaced at inference (``gates``).
+``benchmarks/residual.py`` runs all that is missing.
 
 After each task only its own test images are looked at, and all of them after the last one: enough for final
 figures and for forgetting. The class rows are kept several times, so that one training answers several
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import yaml
 from torch import Tensor
 
 from duallora.atomic import write_atomic
+from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.setting import load_setting
 from duallora.drift import ridge_map
 from duallora.heads import calibrate
@@ -169,8 +172,8 @@ class Study:
             self.learner.learn(task.train, name=task.name)
             self.then.append({name: f["given_task"] for name, f in self._measure([t])[0].items()})
 
-    def results(self, oracle: bool) -> dict[str, Any]:
-        """Figures by readout over all test images, the gate's own, and with the true task mixed into it."""
+    def results(self, oracle: bool, gates: bool) -> dict[str, Any]:
+        """Figures by readout over all test images, the gate's own, and those that other gates would bring."""
         final, gate, kept = self._measure(range(len(self.tests)))
         for name, found in final.items():
             now = [self._measure_kept(kept, t)[name]["given_task"] for t in range(len(self.tests))]
@@ -180,6 +183,7 @@ class Study:
             "readouts": final,
             "gate": gate,
             "oracle": self._oracle() if oracle and gate is not None else None,
+            "gates": self._gates() if gates and gate is not None else None,
             "tasks": [asdict(record) for record in self.learner.tasks],
             "kept": kept,
         }
@@ -226,20 +230,36 @@ class Study:
 
     def _oracle(self) -> dict[str, Any]:
         """Figures with ``(1 - m) w + m (true task)`` in the place of the gate's weights w."""
+
+        def mixed(w: Tensor, mix: float) -> Tensor:
+            truth = torch.zeros_like(w)
+            truth[:, self.truth] = 1.0
+            return (1 - mix) * w + mix * truth
+
+        return {str(mix): self._gated_by(lambda w, mix=mix: mixed(w, mix)) for mix in MIXES}
+
+    def _gates(self) -> dict[str, Any]:
+        """Figures with the likeliest task alone, and with w times how well the image fits any row."""
         memory = self.method.memory  # type: ignore[attr-defined]
-        own, found = memory.gate, {}
-        for mix in MIXES:
+        layer, point = next(iter(memory.points.items()))
+        return {
+            "top": self._gated_by(lambda w: torch.zeros_like(w).scatter(1, w.argmax(1, keepdim=True), 1.0)),
+            "suppressed": self._gated_by(
+                lambda w: w * point.rows.familiarity(memory.features[layer].float())[:, None]
+            ),
+        }
 
-            def gate(layer: int, x: Tensor, mix: float = mix) -> Tensor | None:
-                w = own(layer, x)
-                if w is None:
-                    return None
-                truth = torch.zeros_like(w)
-                truth[:, self.truth] = 1.0
-                return (1 - mix) * w + mix * truth
+    def _gated_by(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
+        """Figures with ``change(w)`` in the place of the gate's weights w (n, T), at inference alone."""
+        memory = self.method.memory  # type: ignore[attr-defined]
+        own = memory.gate
 
-            memory.gate = gate
-            found[str(mix)] = self._measure(range(len(self.tests)))[0]
+        def gate(layer: int, x: Tensor) -> Tensor | None:
+            w = own(layer, x)
+            return None if w is None else change(w)
+
+        memory.gate = gate
+        found = self._measure(range(len(self.tests)))[0]
         memory.gate = own
         return found
 
@@ -247,16 +267,13 @@ class Study:
 def load(experiment: dict[str, Any], stream: str, folder: str) -> Any:
     """The setting of an experiment on a stream."""
     held_back = experiment["test"] == "held_back"
-    return load_setting(
+    options = StreamOptions(
         folder,
         train_per_class=experiment["train_per_class"],
         holdout=50 if held_back else 0,
-        backbone="embedded",
-        backbone_file=None,
-        augment="crop,flip",
-        device="auto",
         **STREAMS[stream],
     )
+    return load_setting(options, BackboneOptions(augment="crop,flip"))
 
 
 def main(words: list[str]) -> None:
@@ -268,13 +285,11 @@ def main(words: list[str]) -> None:
     name = given.pop("name", "duallora")
     config = METHODS[name].config(**SCHEDULE | given)
     start = time.monotonic()
-    learner = ContinualLearner(setting.backbone, config, int(seed), augment=setting.augment)
+    learner = ContinualLearner(setting.backbone, config, int(seed), augment=setting.augment, device="cpu")
     study = Study(learner, all_at_once(setting.stream) if learner.method.all_at_once else setting.stream)
     study.learn()
-    results = study.results(experiment.get("oracle", False))
-    kept = results.pop("kept")
-    if len(sys.argv) > 6:
-        torch.save({**kept, "state": study.method.state()}, sys.argv[6])
+    results = study.results(experiment.get("oracle", False), experiment.get("gates", False))
+    results.pop("kept")
     results |= {
         "experiment": Path(path).stem,
         "config": setting.asked(name, config, int(seed)) | {"stream": stream},
@@ -284,4 +299,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:6])
+    main(sys.argv[1:])

@@ -1,6 +1,15 @@
 from __future__ import annotations
 
+import signal
+
 import torch
 
 # Sums are then added up in the same order on every machine, and processes can be forked safely.
 torch.set_num_threads(1)
+
+# A shell ignores Ctrl-C for what it starts in the background, nohup the end of the terminal, and processes
+# inherit that; those of the tests have to notice both.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

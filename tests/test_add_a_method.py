@@ -47,6 +47,8 @@ def test_the_example_learns_saves_and_goes_on(anchored: str, tmp_path: Path) -> 
     for task in tasks[1:]:
         resumed.learn(task)
     assert_same_outputs(resumed.outputs(data), whole.outputs(data))
+    images = [data[i][0] for i in range(3)]
+    assert resumed.predict(images) == whole.predict(images)
 
 
 def test_the_anchor_holds(anchored: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from duallora.backbones import EMBEDDED_FILE, BackboneInfo, load_backbone, state_sha256
 from duallora.errors import DualLoRAError
@@ -305,3 +306,78 @@ def test_unreadable_file_is_one_sentence(kind, tmp_path, small_file):
     with pytest.raises(DualLoRAError, match=r"cannot be read|not a complete") as caught:
         load_backbone(SMALL, path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_embedded_backbone_at_another_size(embedded):
+    backbone = load_backbone(image_size=96)
+    assert backbone.info == replace(embedded.info, input_size=(3, 96, 96))
+    assert backbone(torch.zeros(2, 3, 96, 96)).shape == (2, backbone.row_dim)
+    assert backbone.model.pos_embed.shape[1] == 1 + 12 * 12
+    with pytest.raises(
+        DualLoRAError, match=r"100 x 100 do not fit the 8 x 8 patches of embedded.*size is 96"
+    ):
+        load_backbone(image_size=100)
+    assert torch.equal(
+        load_backbone(image_size=64)(torch.ones(1, 3, 64, 64)), embedded(torch.ones(1, 3, 64, 64))
+    )
+
+
+@pytest.mark.parametrize("size", [96, 240])
+def test_another_size_is_timms_own(size, small_file):
+    backbone = load_backbone(SMALL, small_file, image_size=size)
+    native = load_backbone(SMALL, small_file)
+    assert backbone.info == replace(native.info, input_size=(3, size, size))
+    model = timm.create_model(SMALL.partition(".")[0], img_size=size).eval()
+    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(load_file(small_file), model))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(backbone(images)[:, : backbone.feature_dim], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "near"), [(100, 96), (7, 16), (1, 16), (0, 16), (-16, 16), (168, 160)])
+def test_a_size_that_does_not_fit_names_the_nearest(size, near):
+    with pytest.raises(DualLoRAError, match=f"16 x 16 patches of {SMALL}; the nearest image size is {near}"):
+        load_backbone(SMALL, image_size=size)  # before any download
+
+
+def test_images_are_prepared_as_asked():
+    plain = load_backbone(SMALL, pretrained=False).info
+    other = load_backbone(
+        SMALL, pretrained=False, normalization="none", crop_pct=0.5, interpolation="bilinear"
+    ).info
+    changes = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 0.5, "interpolation": "bilinear"}
+    assert other == replace(plain, **changes) != plain
+    imagenet = load_backbone(normalization="imagenet").info
+    assert (imagenet.mean, imagenet.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for wrong in ({"normalization": "other"}, {"crop_pct": 0.0}, {"crop_pct": 1.5}):
+        with pytest.raises(DualLoRAError, match=next(iter(wrong))):
+            load_backbone(**wrong)
+
+
+def test_a_stored_backbone_is_the_same_again(small_file):
+    changed = {"image_size": 96, "normalization": "none", "crop_pct": 0.8, "interpolation": "bilinear"}
+    backbone, images = load_backbone(SMALL, small_file, **changed), torch.ones(1, 3, 96, 96)
+    stored = BackboneInfo.from_dict(json.loads(json.dumps(backbone.info.to_dict() | {"file": None})))
+    again = load_backbone(stored, small_file)
+    assert again.info == backbone.info and torch.equal(again(images), backbone(images))
+    assert load_backbone(backbone.info).info == backbone.info
+    embedded = load_backbone(image_size=32, normalization="none")
+    assert load_backbone(BackboneInfo.from_dict(embedded.info.to_dict())).info == embedded.info
+
+
+def test_what_an_earlier_version_stored_is_read():
+    fields = {
+        "name": "embedded",
+        "sha256": EMBEDDED_SHA256,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "input_size": [3, 64, 64],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "file": None,
+        "crop_mode": "center",
+    }
+    info = BackboneInfo.from_dict(fields)
+    assert info.to_dict() == fields
+    assert load_backbone(info).info == info == load_backbone().info
+    assert hash(info) == hash(load_backbone().info)

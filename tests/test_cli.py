@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 import random
 import signal
@@ -21,26 +22,14 @@ from duallora import METHODS, CheckFailed, ContinualLearner, checkpoint
 from duallora.cli import VERBS
 from duallora.commands.arguments import build_parser, parse
 from duallora.commands.choice import MethodChoice
-from duallora.commands.compare import compare
 from duallora.commands.configs import read_config, shipped_configs
-from duallora.commands.evaluate import evaluate
-from duallora.commands.inspect import inspect
 from duallora.commands.learn import learn
-from duallora.commands.methods import methods
-from duallora.commands.predict import predict
 from duallora.commands.run import run
-from duallora.commands.undo import undo
 from tiny import tiny_backbone
 
 COMMANDS = {
-    "run": run,
-    "compare": compare,
-    "methods": methods,
-    "learn": learn,
-    "predict": predict,
-    "evaluate": evaluate,
-    "inspect": inspect,
-    "undo": undo,
+    verb: getattr(importlib.import_module(place.split(":")[0]), place.split(":")[1])
+    for verb, place in VERBS.items()
 }
 DOCS = Path(__file__).parent.parent / "docs" / "commands.md"
 
@@ -90,7 +79,9 @@ def test_help_of_a_verb_explains_every_option(call: Call, verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_documentation_names_every_option(verb: str) -> None:
     text = DOCS.read_text(encoding="utf-8")
-    verbs = [verb, "run"] if verb == "compare" else [verb]  # compare names the options of run as such
+    verbs = (
+        [verb, "run"] if verb in ("compare", "reproduce") else [verb]
+    )  # these name the options of run as such
     parts = [text.split(f"\n## `duallora {each}", 1)[1].split("\n## ", 1)[0] for each in verbs]
     section = "".join([text.split("\n## ", 1)[0], *parts])
     for action in build_parser(verb, COMMANDS[verb])._actions:
@@ -140,7 +131,7 @@ def test_a_method_in_a_file_is_a_name_or_a_section(tmp_path: Path, method: str) 
     file = tmp_path / "run.yaml"
     file.write_text(f"out: x\nmethod: {method}\n")
     asked = parse("run", run, ["--config", str(file)])["method"]
-    assert asked.config() == METHODS["lora"].config(rank=3 if "rank" in method else 10)
+    assert asked.config() == METHODS["lora"].config(rank=3 if "rank" in method else 20)
 
 
 def test_a_file_alone_is_answered_likewise(call: Call, tmp_path: Path) -> None:
@@ -153,7 +144,7 @@ def test_the_command_line_wins_over_a_file(tmp_path: Path) -> None:
     file.write_text("out: x\nseed: 1\ntasks: 2\nmethod: {name: linear, epochs: 2, tau: 3}\n")
     for words in (["--seed", "5", "--config", str(file)], [f"--config={file}", "--seed=5"]):
         asked = parse("run", run, [*words, "--method", "lora", "--epochs", "9"])
-        assert (asked["seed"], asked["tasks"], asked["out"]) == (5, 2, Path("x"))
+        assert (asked["seed"], asked["stream"].tasks, asked["out"]) == (5, 2, Path("x"))
         assert asked["method"].config() == METHODS["lora"].config(epochs=9, tau=3)
 
 
@@ -165,7 +156,7 @@ def test_a_shipped_configuration_suits_every_method(name: str) -> None:
     for method in METHODS:
         asked = parse("run", run, ["--config", name, "--out", "x", "--method", method])
         assert asked["method"].config() == METHODS[method].config()  # the reference settings are the defaults
-        assert asked["order"] == 1993
+        assert asked["stream"].order == 1993
     assert parse("run", run, ["--config", f"{name}.yaml", "--out", "x"])["method"].name == "duallora"
 
 
@@ -180,24 +171,25 @@ def test_a_shipped_configuration_of_a_method_is_of_that_method_alone(call: Call,
     assert asked["method"].config() == METHODS[method].config(**fields)
     named = name.removeprefix("methods/")
     assert named in (method, "duallora-heads", "duallora-paper")
-    assert parse("run", run, ["--config", "digits", "--config", name, "--out", "x"])["tasks"] == 5
+    assert parse("run", run, ["--config", "digits", "--config", name, "--out", "x"])["stream"].tasks == 5
     for field, value in fields.items():
         assert type(value) is type(getattr(asked["method"].config(), field)), field
 
 
 def test_the_reference_configurations() -> None:
     assert set(shipped_configs()).difference(OF_METHODS) == {"cl100", "digits", "domains", "screening"}
-    cl100 = parse("run", run, ["--config", "cl100", "--out", "x"])
-    assert (cl100["tasks"], cl100["train_per_class"], cl100["holdout"]) == (10, 60, 0)
-    domains = parse("run", run, ["--config", "domains", "--out", "x"])
-    assert (domains["classes"], domains["domains"].count(",")) == (20, 4)
+    cl100 = parse("run", run, ["--config", "cl100", "--out", "x"])["stream"]
+    assert (cl100.tasks, cl100.train_per_class, cl100.holdout) == (10, 60, 0)
+    domains = parse("run", run, ["--config", "domains", "--out", "x"])["stream"]
+    assert domains.classes == 20
+    assert domains.domains is not None and domains.domains.count(",") == 4
 
 
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
         ("rnu", ["no command rnu", "run"]),
-        ("frobnicate", ["run, compare, methods, learn, predict"]),
+        ("frobnicate", ["run, compare, reproduce, methods, streams"]),
         ("run --out x --methd lora", ["unknown option --methd", "--method"]),
         ("run --out x --epoch 3", ["--method.epochs"]),
         ("run --out x --residual-rank 3", ["--method.residual_rank"]),
@@ -211,7 +203,7 @@ def test_the_reference_configurations() -> None:
         ("run --out x --method.tau much", ["a number"]),
         ("run --out x --method ranpac --method.first_session maybe", ["true or false"]),
         ("run --out x --order alphabetic", ["did you mean alphabetical", "a whole number"]),
-        ("run --out x --augment crap", ["did you mean crop", "crop,flip"]),
+        ("run --out x --augment crap", ["unknown augmentation 'crap'", "crop=SHARE"]),
         ("run --out x --device gpu", ["auto", "cuda"]),
         ("run --out x --tasks", ["--tasks needs a value", "a whole number"]),
         ("run --out x --method", ["--method needs a value"]),
@@ -617,8 +609,10 @@ def test_an_exhausted_complement_is_said_in_plain_lines(call: Call, pets: Path, 
     assert ".py" not in said and "Warning" not in said
 
 
-def _duallora(*words: object, **settings: Any) -> subprocess.Popen[str]:
-    entry = "from duallora.cli import main; raise SystemExit(main())"
+ENTRY = "from duallora.cli import main; raise SystemExit(main())"
+
+
+def _duallora(*words: object, entry: str = ENTRY, **settings: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", entry, *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, **(pipes | settings))
@@ -637,12 +631,19 @@ def test_the_console_entry_teaches_and_predicts(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     folder = images(tmp_path / "pets", ["cat", "dog"], 3)
-    learning = _duallora("learn", tmp_path / "model", folder, "--epochs", 100_000)
-    while not (tmp_path / "model" / ".lock").exists() and learning.poll() is None:
-        time.sleep(0.05)
-    time.sleep(1)
+    entry = (
+        "from duallora import progress; progress._SILENCE = -1; "
+        "from duallora.cli import main; raise SystemExit(main())"
+    )
+    words = ["learn", tmp_path / "model", folder, "--epochs", 100_000]
+    learning = _duallora(*words, entry=entry)
+    # Python loses an interrupt that comes at certain moments of an import: training has to be under way.
+    assert learning.stderr is not None and any("epoch 2/" in line for line in learning.stderr)
     learning.send_signal(signal.SIGINT)
-    out, err = learning.communicate(timeout=120)
+    try:
+        out, err = learning.communicate(timeout=60)
+    finally:
+        learning.kill()
     assert (learning.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "duallora: interrupted; every saved file is whole."
     assert "Traceback" not in err

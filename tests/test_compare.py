@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 from command_line import Call, caller
 from duallora import METHODS, streams
 from duallora.commands import lines as lines_module
+from duallora.commands.compare_protocol import protocol
 from duallora.commands.configs import read_config, shipped_configs
 from duallora.commands.lines import BUDGET_FIELDS, Line, read_lines
 from duallora.comparison import (
@@ -213,9 +215,16 @@ def test_the_curve_is_over_the_seeds() -> None:
     other = result()
     other["readouts"]["heads"]["incremental_accuracy"] = [0.7, 0.7]
     found = curves(line("a", RUN, other), "heads")
-    assert [value.mean for value in found] == pytest.approx([0.8, 0.7])
-    assert [value.deviation for value in found] == pytest.approx([0.02**0.5, 0.0])
-    assert curves(line("a", RUN), "heads") == [Spread(0.9, None), Spread(0.7, None)]
+    assert list(found) == [1, 2]
+    assert [value.mean for value in found.values()] == pytest.approx([0.8, 0.7])
+    assert [value.deviation for value in found.values()] == pytest.approx([0.02**0.5, 0.0])
+    assert curves(line("a", RUN), "heads") == {1: Spread(0.9, None), 2: Spread(0.7, None)}
+
+
+def test_the_curve_leaves_out_what_was_not_looked_at() -> None:
+    other = result()
+    other["readouts"]["heads"]["incremental_accuracy"] = [None, 0.7]
+    assert list(curves(line("a", RUN, other), "heads")) == [2]
 
 
 # -- marks --------------------------------------------------------------------------------------------------
@@ -382,6 +391,8 @@ def test_markdown_has_every_line_and_keeps_its_columns() -> None:
         assert ("heads <i>only</i> / a" in names) == (title != "All figures: calibrated")
     for part in (*(f"- {item}\n" for item in PROTOCOL), f"```sh\n{COMMAND}\n```", "](compare.png)"):
         assert part in text
+    for part in ("computed once for all runs", "class rows of DualLoRA, whose", "read more than the final"):
+        assert part in text and part in page(LINES, PROTOCOL, COMMAND, None)
     assert "](compare.png)" not in markdown(LINES, PROTOCOL, COMMAND, plot=False)
     assert "compare.png was not drawn" in markdown(LINES, PROTOCOL, COMMAND, plot=False)
 
@@ -424,7 +435,7 @@ def test_the_bands_and_the_upper_bound_are_in_the_picture() -> None:
     band = pixels(wide)
     means = line("a", result())
     for readout, figures in means.runs[0]["readouts"].items():
-        figures["incremental_accuracy"] = [value.mean for value in curves(wide, readout)]
+        figures["incremental_accuracy"] = [value.mean for value in curves(wide, readout).values()]
     # The mean's curve is the same; what is added is the band, which covers a good part of the panels.
     assert (band != 255).any(2).mean() > (pixels(means) != 255).any(2).mean() + 0.05
     assert not np.array_equal(pixels(LINES[0]), pixels(LINES[0], LINES[3]))
@@ -542,14 +553,24 @@ def test_a_file_may_not_take_the_name_of_another_line(tmp_path: Path) -> None:
 
 
 def test_the_same_budget_takes_how_long_how_fast_and_how_large_from_a_file(tmp_path: Path) -> None:
-    own = {"epochs": 9, "batch_size": 5, "learning_rate": 1.0, "head_learning_rate": 1.0, "rank": 3}
+    own: dict[str, Any] = {
+        "epochs": 9,
+        "batch_size": 5,
+        "learning_rate": 1.0,
+        "head_learning_rate": 1.0,
+        "rank": 3,
+    }
     kept = {"projections": "qkv", "tau": 3.0}
+    own |= {"learning_rate": 1.0, "head_learning_rate": 1.0}
+    own |= {"optimizer": "sgd", "schedule": "constant", "weight_decay": 0.1}
     budget = {**own, "first_adapted_layer": 0}
     file = written(tmp_path, "mine.yaml", {"name": "lora", **budget, **kept})
     assert only([file]).config == METHODS["lora"].config(**budget, **kept)
     assert only([file], same_budget=True).config == METHODS["lora"].config(**kept)
     dual = written(tmp_path, "dual.yaml", {"name": "duallora", "residual_rank": 3, "residual": "own"})
-    assert only([dual], same_budget=True).config == METHODS["duallora"].config(residual="own")
+    assert only([dual], same_budget=True).config == METHODS["duallora"].config(
+        residual="own", rank=10, residual_rank=10
+    )
     assert set(budget) | {"residual_rank"} == lines_module.BUDGET_FIELDS
 
 
@@ -565,7 +586,31 @@ def test_every_shipped_line_is_valid_with_and_without_the_same_budget(name: str)
     for field, value in vars(reset).items():
         # A method itself is at its defaults then; what makes a variant one stays.
         of_variant = stem not in METHODS and field in own and field not in BUDGET_FIELDS
+        if field in ("rank", "residual_rank") and getattr(reset, "residual", "none") != "none":
+            continue
         assert value == (own[field] if of_variant else vars(default)[field]), field
+    if getattr(reset, "residual", "none") != "none":  # two adapters have no more than one
+        assert vars(reset)["rank"] + vars(reset)["residual_rank"] == vars(default)["rank"]
+
+
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        ("sd-lora", ("sgd", "constant", 0.0, 0.008)),
+        ("ranpac", ("sgd", "cosine", 5e-4, 0.01)),
+        ("slca", ("sgd", "cosine", 5e-4, 0.01)),
+        ("o-lora", ("adam", "constant", 0.0, 0.005)),
+        ("l2p", ("adam", "constant", 0.0, 0.001875)),
+        ("sldc", ("adamw", "cosine", 0.0, 0.001)),
+    ],
+)
+def test_the_optimiser_of_a_paper_is_not_that_of_the_same_budget(name: str, paper: tuple[Any, ...]) -> None:
+    def found(same_budget: bool) -> tuple[Any, ...]:
+        config = only([name], same_budget=same_budget).config
+        return config.optimizer, config.schedule, config.weight_decay, config.head_learning_rate
+
+    assert found(same_budget=False) == paper
+    assert found(same_budget=True) == ("adam", "cosine", 0.0, 0.005)
 
 
 def test_every_shipped_line_says_what_it_is_and_where_values_are_from() -> None:
@@ -597,6 +642,65 @@ def test_shared_fields_go_to_the_lines_that_have_them() -> None:
     assert lora.config == METHODS["lora"].config(epochs=2)
     assert "--method.residual" in refusal(["lora", "ncm"], {"residual": "own"})
     assert "epochs must be above 0" in refusal(["lora"], {"epochs": 0})
+
+
+# -- the protocol -------------------------------------------------------------------------------------------
+
+
+def told(names: Sequence[str], same_budget: bool) -> list[str]:
+    """What the page says of how these lines were trained and where they ran."""
+    entries = []
+    for found in read_lines(names, {}, same_budget):
+        run = result(config={"method": {"name": found.method, **vars(found.config)}})
+        run["environment"] = {"device": "cpu (x)", "threads": 1, "packages": {"torch": "2"}}
+        if found.method != "duallora":  # the key is not in early results
+            run["environment"]["precision"] = "bf16-mixed"
+        for task in run["tasks"]:
+            task["trainable_parameters"] *= found.method not in ("ncm", "ranpac")
+        kind = METHODS[found.method].method
+        entries.append(line(found.name, run, method=found.method, upper_bound=kind.all_at_once))
+    setting = SimpleNamespace(stream=DIGITS, backbone=tiny_backbone(), augment="crop")
+    sentences = protocol(entries, cast(Any, setting), same_budget)
+    assert sentences[2] == "views of the training images: crop"
+    return sentences[3:]
+
+
+def test_one_budget_says_what_of_it_a_method_has() -> None:
+    names = ["duallora", "lora", "duallora-paper", "l2p", "slca", "frozen", "ncm", "ranpac"]
+    found = told(names, same_budget=True)
+    assert found[0] == "one budget for all: 4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005"
+    assert found[1] == (
+        "beside the heads: what is adapted at 0.002, rank 20, layers from 1 on (duallora, lora); "
+        "what is adapted at 0.002, rank 10 + 10, layers from 1 on (duallora-paper); "
+        "what is adapted at 0.002 (l2p); the whole backbone at 5e-05 (slca); nothing (frozen)"
+    )
+    assert found[2] == "nothing is trained: ncm, ranpac"
+    assert found[-1] == (
+        "run on: cpu (x), 1 threads, torch 2; cpu (x), 1 threads, torch 2, precision bf16-mixed"
+    )
+    assert "budgets differ" not in " ".join(found)
+    assert told(["lora"], same_budget=True)[1] == (
+        "beside the heads: what is adapted at 0.002, rank 20, layers from 1 on"
+    )
+    assert told(["ncm"], same_budget=True)[0] == "nothing is trained: ncm"
+
+
+def test_the_values_of_papers_are_told_line_by_line() -> None:
+    found = told(["slca", "sd-lora", "lora", "joint"], same_budget=False)
+    assert found[0] == (
+        "training: 50 epochs, batches of 128, SGD, cosine to zero, weight decay 0.0005, heads at 0.01 "
+        "(slca); "
+        "20 epochs, batches of 128, SGD, constant rates, heads at 0.008 (sd-lora); "
+        "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005 (lora, joint)"
+    )
+    assert found[1] == (
+        "beside the heads: the whole backbone at 0.0001 (slca); "
+        "what is adapted at 0.008, rank 10, layers from 0 on (sd-lora); "
+        "what is adapted at 0.002, rank 20, layers from 1 on (lora, joint)"
+    )
+    assert "budgets differ (--same-budget gives one to all)" in found[2]
+    assert "the defaults of the package: lora, joint; joint is no upper bound" in found[2]
+    assert "budgets differ" not in " ".join(told(["lora", "joint"], same_budget=False))
 
 
 # -- the list of methods ------------------------------------------------------------------------------------

@@ -146,6 +146,8 @@ def test_a_comparison_leaves_runs_and_one_page_about_all_lines(finished: Path) -
         for part in ("lora-x", "joint (all data at once)", "2 tasks", "4 classes", "24 training", "12 test"):
             assert part in text, (page, part)
         assert "one budget for all: 1 epochs, batches of 32" in text
+        assert "rank 20, layers from 1 on" in text and "nothing is trained: ncm" in text
+        assert ", precision " in text
 
 
 def _order(rows: list[dict[str, str]]) -> list[str]:
@@ -192,7 +194,8 @@ def test_a_kept_configuration_says_all_that_the_run_was_asked_for(
             choice, seed = given.pop("method"), given.pop("seed")
             for key in ("out", "features"):
                 del given[key]
-            asked.append(compare_module.load_setting(**given).asked(choice.name, choice.config(), seed))
+            setting = compare_module.load_setting(given["stream"], given["backbone"])
+            asked.append(setting.asked(choice.name, choice.config(), seed))
         return []
 
     monkeypatch.setattr(compare_module, "run_jobs", note)
@@ -207,9 +210,9 @@ def test_a_kept_configuration_says_all_that_the_run_was_asked_for(
     assert {key: found["method"][key] for key in expected} == expected
     assert found["method"]["name"] == "lora"
     assert (found["seed"], found["backbone_file"], found["classes"]) == (3, file.name, 4)
-    assert found["order"] == keywords["order"]
-    assert found["domains"] == (("photo", "negative") if keywords["domains"] else ())
-    assert found["augment"] == (keywords["augment"] or "crop")
+    assert found["order"] == keywords["stream"].order
+    assert found["domains"] == (("photo", "negative") if keywords["stream"].domains else ())
+    assert found["augment"] == (keywords["backbone"].augment or "crop")
 
 
 # -- what is there already ----------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def _budget(words: list[str]) -> None:
         (lambda words: words.extend(["--epochs", "2"]), ["method.epochs: 1 there, 2 asked for"]),
         (lambda words: words.extend(["--augment", "none"]), ['augment: "crop" there, "none" asked for']),
         (lambda words: words.extend(["--holdout", "2"]), ["holdout: 3 there, 2 asked for"]),
-        (_budget, ["method.rank: 10 there, 3 asked for"]),
+        (_budget, ["method.rank: 20 there, 3 asked for"]),
     ],
 )
 def test_a_finished_run_with_other_settings_is_refused(
@@ -439,7 +442,7 @@ def test_a_file_is_no_place_for_a_comparison(call: Call, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("2, 0,2", [0, 2]), ("11", [11])])
 def test_seeds_are_numbers_once_each(text: str, numbers: list[int]) -> None:
-    assert compare_module._numbers(text) == numbers
+    assert compare_module.seed_numbers(text) == numbers
 
 
 def test_seeds_in_a_file_may_be_one_number(tmp_path: Path) -> None:
@@ -469,7 +472,7 @@ def test_the_features_of_a_comparison_are_read_and_computed_once(
     assert len(asked) > 8 and all(asked)
     (path,) = (tmp_path / "out").glob("features-*.safetensors")
     backbone = tiny_backbone()
-    assert path.name == f"features-{backbone.info.sha256[:12]}-{backbone.row_dim}.safetensors"
+    assert path.name == f"features-{backbone.info.sha256[:12]}-32x32-{backbone.row_dim}.safetensors"
     assert len(FrozenFeatures.load(path, backbone)) == 36
     stamp = path.stat().st_mtime_ns
     assert call(*_words(tmp_path, "ncm", seeds="1")).code == 0
@@ -517,7 +520,7 @@ def test_kept_features_change_no_result(
     call: Call, finished: Path, monkeypatch: pytest.MonkeyPatch, method: str, bf16: bool
 ) -> None:
     """Also where the machine would compute in bf16: kept features are in fp32."""
-    monkeypatch.setattr("duallora.train._computes_in_bf16", lambda _: bf16)
+    monkeypatch.setattr("duallora.compute._computes_in_bf16", lambda _: bf16)
     (path,) = (finished / "out").glob("features-*.safetensors")
     found = []
     for place, words in (("with", ["--features", path]), ("without", [])):

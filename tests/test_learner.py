@@ -298,7 +298,7 @@ def test_no_images_are_no_outputs(learner: ContinualLearner) -> None:
 
 def test_refused_at_once() -> None:
     for arguments, words in (
-        ({"augment": "flip"}, "unknown augmentation 'flip'"),
+        ({"augment": "flop"}, "unknown augmentation 'flop'"),
         ({"device": "tpu"}, "device 'tpu' is not available"),
         ({"method": MethodConfig()}, "MethodConfig is no method's configuration"),
     ):

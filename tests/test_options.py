@@ -62,6 +62,11 @@ CASES: list[Case] = [
     ({}, {"head_learning_rate": 1e-2}, EVERYTHING),
     ({}, {"epochs": 2}, EVERYTHING),
     ({}, {"batch_size": 5}, EVERYTHING),
+    ({}, {"optimizer": "adamw"}, ()),
+    ({"optimizer": "adamw"}, {"weight_decay": 0.5}, EVERYTHING),
+    ({}, {"optimizer": "sgd"}, EVERYTHING),
+    ({}, {"schedule": "constant"}, EVERYTHING),
+    ({}, {"weight_decay": 0.1}, EVERYTHING),
     ({}, {"calibration": "task"}, CALIBRATED),
     ({}, {"calibration": "none"}, CALIBRATED),
     ({}, {"tau": 2.0}, ()),
@@ -121,8 +126,6 @@ def test_an_option_of_duallora(case: Case, tmp_path: Path) -> None:
     ("change", "expected"),
     [
         ({"rank": 2}, EVERYTHING),
-        ({"residual_rank": 2}, EVERYTHING),
-        ({"rank": 2, "residual_rank": 6}, ()),  # it is their sum that counts
         ({"projections": "qv"}, EVERYTHING),
         ({"projections": "qkv"}, EVERYTHING),
         ({"first_adapted_layer": 2}, EVERYTHING),
@@ -234,8 +237,15 @@ def test_own_and_protected_carry_on_in_an_exhausted_complement(residual: str) ->
     assert_finite(learner)
 
 
-@pytest.mark.parametrize("changes", [{"rank": 0}, {"residual_rank": 0}, {"rank": 0, "residual_rank": 0}])
-@pytest.mark.parametrize("method", ["duallora", "lora"])
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("lora", {"rank": 0}),
+        ("duallora", {"rank": 0}),
+        ("duallora", {"residual_rank": 0}),
+        ("duallora", {"rank": 0, "residual_rank": 0}),
+    ],
+)
 def test_a_rank_of_zero_leaves_an_adapter_out(method: str, changes: dict[str, int], recwarn: Any) -> None:
     learner = learned(method=method, **changes)
     assert_finite(learner)

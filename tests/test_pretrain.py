@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 import time
@@ -17,18 +16,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from duallora import train as duallora_train
+from duallora import compute as duallora_compute
 from duallora.backbones import load_backbone
 from duallora.errors import DualLoRAError
 from duallora.progress import Progress
 
-PATH = Path(__file__).parent.parent / "tools" / "pretrain_backbone.py"
-SPEC = importlib.util.spec_from_file_location("pretrain_backbone", PATH)
-pretrain = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = pretrain  # dataclasses look their module up there
-SPEC.loader.exec_module(pretrain)
+sys.path.append(str(Path(__file__).parent.parent / "tools"))  # where the script finds its own modules
 
-EMBEDDED = Path(duallora_train.__file__).parent / "weights" / "vit-micro-conv-64.safetensors"
+import pretrain_backbone as script
+from pretrain_images import cutmix, decode, normalised, open_data, samples, soft_targets, view_draws, views
+from pretrain_recipe import MEAN, STD, Recipe, build, parameter_groups, rounded, write_backbone
+
+EMBEDDED = Path(duallora_compute.__file__).parent / "weights" / "vit-micro-conv-64.safetensors"
 TINY = {"depth": 2, "width": 24, "heads": 2, "images": (24, 24), "sizes": (8, 16), "batch": 8, "ema": 0.5}
 OPTIONS = ["--depth", "2", "--width", "24", "--heads", "2", "--images", "24,24", "--sizes", "8,16"]
 OPTIONS += ["--batch", "8", "--ema", ".5", "--cutmix", "1", "--device", "cpu"]
@@ -37,7 +36,7 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(autouse=True)
 def fp32_and_own_draws(monkeypatch):
-    monkeypatch.setattr(duallora_train, "_computes_in_bf16", lambda device: False)
+    monkeypatch.setattr(duallora_compute, "_computes_in_bf16", lambda device: False)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -62,13 +61,13 @@ def data(tmp_path_factory) -> Path:
 
 
 def new_training(data: Path, **changes: object):
-    recipe = pretrain.Recipe(**TINY | {"cutmix": 0.5} | changes)
-    pixels, labels = pretrain.decode(pretrain.open_data(data)[0], recipe.side, QUIET, "")
-    return pretrain.Training(recipe, pixels, labels, Fabric(accelerator="cpu", devices=1))
+    recipe = Recipe(**TINY | {"cutmix": 0.5} | changes)
+    pixels, labels = decode(open_data(data)[0], recipe.side, QUIET, "")
+    return script.Training(recipe, pixels, labels, Fabric(accelerator="cpu", devices=1))
 
 
 def test_the_defaults_are_the_recipe_of_the_model_card() -> None:
-    recipe = pretrain.Recipe()
+    recipe = Recipe()
     assert recipe.steps * recipe.batch == pytest.approx(1_520_000, rel=1e-3)
     assert recipe.size_at(0) == recipe.size_at(7968) == 48
     assert recipe.size_at(7969) == recipe.size_at(recipe.steps - 1) == 64
@@ -82,7 +81,7 @@ def test_the_defaults_are_the_recipe_of_the_model_card() -> None:
 def test_the_default_architecture_is_the_embedded_one() -> None:
     with safe_open(EMBEDDED, framework="pt") as file:
         wanted = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
-    built = pretrain.rounded(pretrain.build(pretrain.Recipe(), 100).state_dict())
+    built = rounded(build(Recipe(), 100).state_dict())
     assert {key: (t.shape, t.dtype) for key, t in built.items()} == {
         key: (t.shape, t.dtype) for key, t in wanted.items()
     }
@@ -90,13 +89,13 @@ def test_the_default_architecture_is_the_embedded_one() -> None:
 
 def test_an_interrupted_training_equals_an_uninterrupted_one(data: Path, tmp_path: Path, capsys) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert pretrain.main([str(data), "--out", str(whole), *OPTIONS]) == 0
+    assert script.main([str(data), "--out", str(whole), *OPTIONS]) == 0
     assert "top-1" in capsys.readouterr().out
     for step in range(1, 6):  # no time at all still makes one step
-        assert pretrain.main([str(data), "--out", str(pieces), *OPTIONS, "--minutes", "0"]) == 0
+        assert script.main([str(data), "--out", str(pieces), *OPTIONS, "--minutes", "0"]) == 0
         assert f"step {step} of 6; run the same command again" in capsys.readouterr().out
         assert not (pieces / "backbone.safetensors").exists()
-    assert pretrain.main([str(data), "--out", str(pieces), *OPTIONS]) == 0
+    assert script.main([str(data), "--out", str(pieces), *OPTIONS]) == 0
     for name in ("state.safetensors", "backbone.safetensors"):
         first, second = load_file(whole / name), load_file(pieces / name)
         assert first.keys() == second.keys()
@@ -110,23 +109,23 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(data: Path, tmp_pat
 
 def test_a_finished_training_writes_its_weights_again(data: Path, tmp_path: Path, capsys) -> None:
     command = [str(data), "--out", str(tmp_path), *OPTIONS]
-    assert pretrain.main(command) == 0
+    assert script.main(command) == 0
     file = tmp_path / "backbone.safetensors"
     before, said = file.read_bytes(), capsys.readouterr().out
     file.unlink()
-    assert pretrain.main(command) == 0
+    assert script.main(command) == 0
     assert (file.read_bytes(), capsys.readouterr().out) == (before, said)
 
 
 def test_other_options_do_not_go_on(data: Path, tmp_path: Path, capsys) -> None:
     command = [str(data), "--out", str(tmp_path), *OPTIONS, "--minutes", "0"]
-    assert pretrain.main(command) == 0
+    assert script.main(command) == 0
     before = (tmp_path / "state.safetensors").read_bytes()
-    assert pretrain.main([*command, "--seed", "1", "--weight-decay", ".1"]) == 2
+    assert script.main([*command, "--seed", "1", "--weight-decay", ".1"]) == 2
     assert "differs in weight_decay, seed; repeat its options" in capsys.readouterr().err
     assert (tmp_path / "state.safetensors").read_bytes() == before
     (tmp_path / "state.safetensors").write_bytes(before[:100])
-    assert pretrain.main(command) == 2
+    assert script.main(command) == 2
     assert "state.safetensors is no state of this script; delete it" in capsys.readouterr().err
 
 
@@ -135,9 +134,9 @@ def test_a_separable_set_is_learned(data: Path) -> None:
     training = new_training(data, **changes, ema=0.8, drop_path=0.0)
     losses = [float(training.step()) for _ in range(training.recipe.steps)]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    training.model.load_state_dict(pretrain.rounded(training.average))
-    held_out = pretrain.decode(pretrain.open_data(data)[1], 16, QUIET, "")
-    assert pretrain.top1(training.model, *held_out, torch.device("cpu")) == 1
+    training.model.load_state_dict(rounded(training.average))
+    held_out = decode(open_data(data)[1], 16, QUIET, "")
+    assert script.top1(training.model, *held_out, torch.device("cpu")) == 1
 
 
 def test_the_average_follows_the_weights(data: Path) -> None:
@@ -159,17 +158,17 @@ def test_a_loss_that_is_not_finite_is_not_saved(data: Path) -> None:
     with torch.no_grad():
         training.model.head.weight.fill_(math.nan)
     with pytest.raises(DualLoRAError, match="lower --learning-rate"):
-        pretrain.train(training, lambda: pytest.fail("saved"), QUIET, until=time.monotonic())
+        script.train(training, lambda: pytest.fail("saved"), QUIET, until=time.monotonic())
 
 
 def test_a_written_file_is_a_backbone(tmp_path: Path) -> None:
-    recipe = pretrain.Recipe(sizes=(24, 32))
-    model = pretrain.build(recipe, 3).eval()
-    weights = pretrain.rounded(model.state_dict())
-    pretrain.write_backbone(tmp_path / "own.safetensors", weights, recipe, ["a", "b", "c"])
+    recipe = Recipe(sizes=(24, 32))
+    model = build(recipe, 3).eval()
+    weights = rounded(model.state_dict())
+    write_backbone(tmp_path / "own.safetensors", weights, recipe, ["a", "b", "c"])
     backbone = load_backbone("embedded", tmp_path / "own.safetensors")
     assert backbone.info.input_size == (3, 32, 32)
-    assert (backbone.info.mean, backbone.info.std) == (pretrain.MEAN, pretrain.STD)
+    assert (backbone.info.mean, backbone.info.std) == (MEAN, STD)
     model.load_state_dict(weights)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -193,18 +192,18 @@ def test_soft_targets() -> None:
         for column in range(classes):
             wanted = smoothing / classes + (1 - smoothing) * share * (column == label)
             wanted += (1 - smoothing) * (1 - share) * (column == labels[row - 1])
-            found = pretrain.soft_targets(torch.tensor(labels), classes, smoothing, share)[row, column]
+            found = soft_targets(torch.tensor(labels), classes, smoothing, share)[row, column]
             assert float(found) == pytest.approx(wanted)
     logits = torch.randn(3, classes)
     smoothed = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), label_smoothing=smoothing)
-    whole = pretrain.soft_targets(torch.tensor(labels), classes, smoothing)
+    whole = soft_targets(torch.tensor(labels), classes, smoothing)
     torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, whole), smoothed)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cutmix_pastes_one_box(seed: int) -> None:
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 10, 10)
-    mixed, share = pretrain.cutmix(images, Random(seed))
+    mixed, share = cutmix(images, Random(seed))
     pasted = mixed[1, 0] == 0
     for row in range(3):
         assert torch.equal(mixed[row] == float((row - 1) % 3), pasted.expand(3, 10, 10))
@@ -225,39 +224,39 @@ def test_cutmix_takes_its_share_of_the_batches_and_ends_early(data: Path) -> Non
 
 
 def test_every_epoch_shows_all_images_in_another_order() -> None:
-    recipe = pretrain.Recipe(batch=8)
-    seen = [sample for step in range(11) for sample in pretrain.samples(recipe, step, 11)]
+    recipe = Recipe(batch=8)
+    seen = [sample for step in range(11) for sample in samples(recipe, step, 11)]
     orders = [[index for epoch, index in seen if epoch == wanted] for wanted in range(8)]
     assert all(sorted(order) == list(range(11)) for order in orders)
     assert orders[0] != orders[1]
-    assert pretrain.samples(recipe, 3, 11) == seen[24:32]
-    assert pretrain.samples(pretrain.Recipe(batch=8, seed=1), 0, 11) != seen[:8]
+    assert samples(recipe, 3, 11) == seen[24:32]
+    assert samples(Recipe(batch=8, seed=1), 0, 11) != seen[:8]
 
 
 def test_views_are_crops_flips_and_colours() -> None:
     pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    wanted = pretrain.normalised(pixels.float() / 255)
+    wanted = normalised(pixels.float() / 255)
     plain = [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
     def view(size: int = 16, **changes: float) -> torch.Tensor:
         names = ("left", "top", "width", "height", "mirror", "saturation", "brightness")
         draws = [changes.get(name, value) for name, value in zip(names, plain, strict=True)]
-        return pretrain.views(pixels, torch.tensor([draws]), size)
+        return views(pixels, torch.tensor([draws]), size)
 
     close = {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(view(), wanted, **close)
     torch.testing.assert_close(view(mirror=-1.0), wanted.flip(3), **close)
     corner = view(8, left=0.25, top=0.5, width=0.5, height=0.5)
     torch.testing.assert_close(corner, wanted[:, :, 8:, 4:12], **close)
-    dark = pretrain.normalised(pixels.float() / 255 * 0.7)
+    dark = normalised(pixels.float() / 255 * 0.7)
     torch.testing.assert_close(view(brightness=0.7), dark, **close)
-    grey = view(saturation=0.0) * torch.tensor(pretrain.STD).view(3, 1, 1)
-    grey += torch.tensor(pretrain.MEAN).view(3, 1, 1)
+    grey = view(saturation=0.0) * torch.tensor(STD).view(3, 1, 1)
+    grey += torch.tensor(MEAN).view(3, 1, 1)
     torch.testing.assert_close(grey[:, 0], grey[:, 2], **close)
 
 
 def test_draws_keep_to_the_recipe() -> None:
-    draws = np.array([pretrain.view_draws(0, epoch, index) for epoch in range(20) for index in range(100)])
+    draws = np.array([view_draws(0, epoch, index) for epoch in range(20) for index in range(100)])
     left, top, width, height, mirror, saturation, brightness = draws.T
     assert 0.35 <= (width * height).min() < 0.37 and (width * height).max() <= 1
     assert (np.abs(np.log(width / height)) <= np.log(4 / 3) + 1e-9).all()
@@ -270,8 +269,8 @@ def test_draws_keep_to_the_recipe() -> None:
 
 
 def test_weight_decay_is_for_matrices_and_kernels() -> None:
-    model = pretrain.build(pretrain.Recipe(**TINY), 2)
-    decayed, plain = pretrain.parameter_groups(model, 0.05)
+    model = build(Recipe(**TINY), 2)
+    decayed, plain = parameter_groups(model, 0.05)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in plain["params"]} == {
@@ -284,7 +283,7 @@ def test_weight_decay_is_for_matrices_and_kernels() -> None:
 
 def test_bad_data_is_one_sentence(data: Path, tmp_path: Path, capsys) -> None:
     def refusal(folder: Path) -> str:
-        assert pretrain.main([str(folder), "--out", str(tmp_path / "out"), *OPTIONS]) == 2
+        assert script.main([str(folder), "--out", str(tmp_path / "out"), *OPTIONS]) == 2
         assert not (tmp_path / "out").exists()
         text = capsys.readouterr().err
         assert text.startswith("pretrain_backbone: ") and text.count("\n") == 1
@@ -313,12 +312,12 @@ def test_bad_data_is_one_sentence(data: Path, tmp_path: Path, capsys) -> None:
 )
 def test_options_that_cannot_be(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(DualLoRAError, match=sentence):
-        pretrain.Recipe(**TINY | changes)
+        Recipe(**TINY | changes)
 
 
 def test_help_names_every_option_with_its_default(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        pretrain.main(["--help"])
+        script.main(["--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for expected in ("--drop-path", "(default: 1020000,500000)", "(default: 0.999)", "--minutes", "15 %"):

@@ -136,11 +136,23 @@ def test_the_query_is_that_of_the_bare_backbone(name: str) -> None:
 @names
 def test_cached_features_save_the_query_pass(name: str) -> None:
     method, images = learned(name), tiny_images(4)
-    expected = method.extract(images)
+    with torch.no_grad():
+        expected = method.extract(images)
     method.cache = FrozenFeatures.compute(tiny_backbone(), [images])
-    with passes(method) as found:
+    with passes(method) as found, torch.no_grad():
         assert torch.allclose(method.extract(images), expected, atol=1e-5)
     assert len(found) == 1
+
+
+@names
+def test_augmented_views_are_not_looked_for(name: str) -> None:
+    """Training computes its queries: no view of it is ever kept."""
+    method, data = learned(name), batch(4)
+    method.cache = FrozenFeatures.compute(tiny_backbone(), [data.images])
+    looked: list[Tensor] = []
+    method.cache.lookup = looked.append  # type: ignore[method-assign, assignment]
+    expected = method.loss(data)
+    assert not looked and expected.requires_grad
 
 
 @names

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import faults
 from duallora import ContinualLearner, DualLoRAConfig, checkpoint, protocol, report, results, streams
 from duallora.errors import DualLoRAError
 from duallora.outputs import Outputs, TaskRecord
 from duallora.progress import Progress
-from duallora.protocol import CachedImages, run_stream
+from duallora.protocol import run_stream
 from duallora.results import MEASURED
 
 QUIET = Progress(quiet=True)
@@ -114,8 +114,16 @@ def reference(stream, tmp_path_factory):
         return run(stream, tmp_path_factory.mktemp("reference") / "run")
 
 
-def run(stream, out, fail_at=None, config=CONFIG):
-    return run_stream(lambda: MeansLearner(fail_at), stream, out, config, device="cpu", progress=QUIET)
+def run(stream, out, fail_at=None, config=CONFIG, every=1):
+    return run_stream(
+        lambda: MeansLearner(fail_at),
+        stream,
+        out,
+        config,
+        device="cpu",
+        progress=QUIET,
+        evaluate_every=every,
+    )
 
 
 def comparable(value):
@@ -151,6 +159,7 @@ def test_a_finished_run(stream, tmp_path):
         "name": stream.name,
         "class_order": list(stream.class_order),
         "order_seed": stream.order_seed,
+        "order_rule": stream.order_rule,
     }
     assert written["config"] == json.loads(json.dumps(CONFIG))
     assert written["peak_memory_bytes"] > 2**20
@@ -211,6 +220,47 @@ def test_resume_after_an_interruption(stream, reference, tmp_path, fail_at):
         run(stream, tmp_path / "run", fail_at)
     assert comparable(run(stream, tmp_path / "run")) == comparable(reference)
     assert not list((tmp_path / "run").glob("progress*"))
+
+
+@pytest.mark.parametrize("every", [2, 3, 9])
+def test_what_is_not_looked_at_is_null_and_the_rest_is_the_same(stream, reference, tmp_path, every):
+    with pytest.raises(KeyboardInterrupt):
+        run(stream, tmp_path / "run", 2, every=every)
+    written = run(stream, tmp_path / "run", every=every)
+    assert written == json.loads((tmp_path / "run" / "results.json").read_text())
+    looked_at = [
+        (t + 1) % every == 0 or t in (0, 2) for t in range(3)
+    ]  # one task's own images are all of them
+    for readout, figures in written["readouts"].items():
+        whole = reference["readouts"][readout]
+        for key in ("accuracy_matrix", "oracle_accuracy_matrix"):
+            for t, (row, wanted) in enumerate(zip(figures[key], whole[key], strict=True)):
+                kept = [share if looked_at[t] or i == t else None for i, share in enumerate(wanted)]
+                assert row == kept
+        curve = [share if looked_at[t] else None for t, share in enumerate(whole["incremental_accuracy"])]
+        assert figures["incremental_accuracy"] == curve
+        known = [share for share in curve if share is not None]
+        assert figures["average_incremental_accuracy"] == pytest.approx(sum(known) / len(known))
+        for key in ("final_accuracy", "final_row_accuracy", "backward_transfer", "calibration_error"):
+            assert figures[key] == whole[key]
+        assert figures["forgetting"] <= whole["forgetting"]
+    assert written["feature_drift"] == reference["feature_drift"]
+    assert "| task 2 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_long_stream_is_reported_by_its_curve(tmp_path, monkeypatch):
+    long = streams.load("permuted-digits", tasks=25, train_per_class=3)
+    written = run(long, tmp_path / "run", every=10)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "| after | all seen | given the task, mean over tasks |" in text
+    assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| task ")][:4] == [
+        "| task 1",
+        "| task 10",
+        "| task 20",
+        "| task 25",
+    ]
+    assert report.accuracy_table(written).row_count == 4
+    assert report.accuracy_plot(written)
 
 
 def test_resume_after_an_undo_of_the_model(stream, reference, tmp_path):
@@ -349,24 +399,19 @@ def test_without_matplotlib_everything_else_is_written(stream, tmp_path, monkeyp
     assert (tmp_path / "run" / "results.json").exists()
 
 
-def test_images_are_read_once_as_far_as_they_fit():
-    class Source:
-        reads = 0
+def test_a_tasks_images_are_gone_before_those_of_the_next_are_kept(stream, tmp_path, monkeypatch):
+    training, keeping = [], protocol.keeping
 
-        def __len__(self):
-            return 3
+    def watched(dataset, *rest):
+        kept = keeping(dataset, *rest)
+        if any(dataset is task.train for task in stream):
+            assert all(images() is None for images in training)
+            training.append(weakref.ref(kept))
+        return kept
 
-        def __getitem__(self, index):
-            self.reads += 1
-            return Image.new("RGB", (10, 10), (index, 0, 0)), index
-
-    source = Source()
-    cached = CachedImages(source, limit=2 * 300)
-    for _ in range(4):
-        assert [cached[i][1] for i in range(len(cached))] == [0, 1, 2]
-    assert source.reads == 2 + 4
-    tensors = CachedImages([(torch.zeros(3, 4, 4, dtype=torch.uint8), 0)], limit=48)
-    assert tensors[0][0] is tensors[0][0]
+    monkeypatch.setattr(protocol, "keeping", watched)
+    run(stream, tmp_path / "run")
+    assert len(training) == len(stream)
 
 
 def test_the_real_learner_in_miniature(tmp_path, monkeypatch):

@@ -1,16 +1,20 @@
 """The examples of the README run as they stand there, on generated folders of tiny images.
 
-Run are the fenced blocks marked ``python`` and ``sh``. Blocks without a mark are not: ``make run`` and
-``make test`` install an environment. What differs from the README is that every ``duallora run`` and
-``compare`` is followed by options that make it small (whole, the digits and the reference runs take minutes),
-and that the speed of inference is timed on a few images only.
+Run are the fenced blocks marked ``python``, ``sh`` and ``console``. Others are not: ``make run`` and
+``make test`` install an environment. What differs from the README is that every ``duallora run``, ``compare``
+and ``bench`` is followed by options that make it small (whole, they take minutes), and that the speed of
+inference is timed on a few images only.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -18,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duallora.cli import main
+from duallora.cli import VERBS, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +43,8 @@ def command_lines(block: str) -> list[str]:
 def words_of(line: str) -> list[str]:
     name, *words = shlex.split(line, comments=True)
     assert name == "duallora", line
+    if words[0] == "bench":
+        return [*words, "--tasks", "1", "--batch", "1", "--images", "4", "--repeats", "1"]
     if words[0] not in ("run", "compare"):
         return words
     return words + (SMALLER if "--stream" in words else SMALLER_DIGITS)
@@ -88,17 +94,8 @@ def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classes(here / "images/pets", 0, classes=2, images=12)
     write_classes(here / "images/birds", 12, classes=2, images=12)
     lines = command_lines(blocks("sh")[0])
-    verbs = [words_of(line)[0] for line in lines]
-    assert sorted(set(verbs)) == [
-        "compare",
-        "evaluate",
-        "inspect",
-        "learn",
-        "methods",
-        "predict",
-        "run",
-        "undo",
-    ]
+    verbs = {words_of(line)[0] for line in lines}
+    assert verbs == set(VERBS) - {"app", "serve"}  # which do not end by themselves
     for line in lines:
         assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
     assert {"results.json", "report.md", "predictions.csv", "model"} <= {
@@ -108,7 +105,7 @@ def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"compare.csv", "compare.md", "compare.html"} <= compared
 
 
-def test_commands_of_the_reference_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_measurements(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classes(here / "IMAGES/train", 0, classes=20, images=1)
     write_classes(here / "IMAGES/val", 0, classes=20, images=1)
     lines = [line for block in blocks("sh")[1:] for line in command_lines(block)]
@@ -116,6 +113,30 @@ def test_commands_of_the_reference_table(here: Path, capsys: pytest.CaptureFixtu
     for line in lines:
         assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
         assert Path(line.split("--out ")[1], "results.json").exists()
+
+
+def test_the_example_of_a_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    write_classes(here / "images/pets", 0, classes=2, images=4)
+    assert main(["learn", "pets", "images/pets", "--epochs", "1"]) == 0, capsys.readouterr().err
+    serve, answer, ask = command_lines(blocks("console")[0])
+    assert serve.startswith("$ duallora ") and ask.startswith("$ curl ")
+    entry = "from duallora.cli import main; raise SystemExit(main())"
+    words = [sys.executable, "-u", "-c", entry, *serve.split()[2:], "--port", "0"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline().strip()
+        (address,) = re.findall(r"127\.0\.0\.1:\d+", said)
+        assert said.replace(address, "127.0.0.1:8000") == answer
+        asked = shlex.split(ask.replace("127.0.0.1:8000", address))[1:]
+        got = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    finally:
+        server.kill()
+        server.wait()
+    (found,) = json.loads(got)["predictions"]
+    assert found["path"] == "photo.jpg" and len(found["top"]) == 2
 
 
 def test_links_lead_to_files() -> None:

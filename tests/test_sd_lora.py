@@ -254,3 +254,16 @@ def test_every_family_can_carry_it(family: str) -> None:
 def test_a_magnitude_of_zero_could_never_learn() -> None:
     with pytest.raises(DualLoRAError, match="magnitude must be above 0"):
         small_config("sd-lora", magnitude=0.0)
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), [("adam", 5.0), ("adamw", 5.0), ("sgd", 1.0)])
+def test_rates_follow_the_magnitudes_only_where_steps_do_not(optimizer: str, expected: float) -> None:
+    """Steps of SGD grow with the gradient; those of Adam have to be told how large a magnitude is."""
+    config = small_config("sd-lora", optimizer=optimizer)
+    method = SDLoRA(tiny_backbone(), config, 0)
+    method.heads.open(2, method.generator(0))
+    method.grow(0)
+    with torch.no_grad():
+        method.magnitudes[0].fill_(5 * config.magnitude)
+    rates = [group["lr"] for group in method.parameter_groups()[2:]]
+    assert rates[0] == pytest.approx(expected * config.learning_rate)

@@ -321,6 +321,20 @@ def test_alignment_draws_from_means_that_shrink_with_age(monkeypatch: pytest.Mon
     assert_close(factors @ factors.mT, model.covariance, rtol=1e-3, atol=1e-2)
 
 
+def test_logits_are_normalised_by_the_tasks_that_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forgotten task has no logits, so its norm of 0 must not enter the mean."""
+    learner = started("slca", 2)
+    learner.forget(task="task 1")
+    given: list[Any] = []
+    monkeypatch.setattr(slca_module, "refit", lambda *parts: given.extend(parts))
+    learner.learn(TASKS[2])
+    logits = 5 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    norms = torch.stack([logits[:, :3].norm(dim=1), logits[:, 3:].norm(dim=1)], 1)
+    rows = torch.tensor([0, 1, 4, 2])
+    expected = F.cross_entropy(logits / norms.mean(1, keepdim=True) / 0.1, rows)
+    assert_close(given[3](logits, rows), expected)
+
+
 def test_normalised_cross_entropy_as_written() -> None:
     logits = 5 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     task, rows = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 3, 5, 2])

@@ -33,10 +33,13 @@ from duallora.atomic import (
 from duallora.errors import DualLoRAError
 
 __all__ = [
+    "CHANGED",
     "FORMAT_VERSION",
+    "clear",
     "commit",
     "exclusive",
     "intact",
+    "purge",
     "read",
     "read_manifest",
     "remove_leftovers",
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
+CHANGED = "the model has changed meanwhile, so this would take something else back; look again."
 
 _MANIFEST = "model.json"
 _OWN_FILE = re.compile(r"(model|backbone)-[0-9a-f]{12}\.safetensors")
@@ -177,18 +181,23 @@ def intact(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def undo(folder: Path) -> dict[str, Any]:
+def undo(folder: Path, expected: str | None = None) -> dict[str, Any]:
     """Goes back one generation and takes the lock for it, so it must not be called inside :func:`exclusive`.
+
+    Args:
+        folder: the model's folder.
+        expected: the weight file of the only generation that may be taken back, if it matters.
 
     Returns:
         The manifest that is current now; its ``previous`` is null.
 
     Raises:
-        DualLoRAError: there is no earlier generation, its files are damaged, or another process is writing.
+        DualLoRAError: there is no earlier generation, its files are damaged, the current one is not the
+            expected one, or another process is writing.
     """
     read_manifest(folder)  # a folder without a model is refused before the lock would create it
     with exclusive(folder):
-        previous = read_manifest(folder).get("previous")
+        previous = _expected(folder, expected).get("previous")
         if previous is None:
             raise DualLoRAError(
                 f"there is nothing to undo in {folder}: it holds no earlier state (one step back is kept, "
@@ -204,6 +213,69 @@ def undo(folder: Path) -> dict[str, Any]:
         write_atomic(folder / _MANIFEST, _to_json(restored))
         _remove_unnamed(folder, restored)
     return restored
+
+
+def clear(folder: Path, expected: str) -> None:
+    """Deletes the only generation of a model, so that the folder holds none; takes the lock for it.
+
+    The files are deleted that ``model.json`` names, and those that an interrupted save has left; others stay.
+
+    Args:
+        folder: the model's folder.
+        expected: the weight file of that generation.
+
+    Raises:
+        DualLoRAError: the model has an earlier generation or another one than the expected, the folder
+            cannot be written, or another process is writing.
+    """
+    read_manifest(folder)  # a folder without a model is refused before the lock would create it
+    with exclusive(folder):
+        if _expected(folder, expected).get("previous") is not None:
+            raise DualLoRAError(CHANGED)
+        try:
+            # First the file that makes it a model: what stays after an interruption is deleted by a commit.
+            (folder / _MANIFEST).unlink()
+            sync_folder(folder)
+        except OSError as error:
+            raise DualLoRAError(f"the model in {folder} cannot be deleted: {reason(error)}.") from error
+        _remove_unnamed(folder)
+
+
+def purge(folder: Path) -> bool:
+    """Deletes the previous generation, so that nothing can be undone; the caller holds :func:`exclusive`.
+
+    The files are deleted, not overwritten: what a disk or a backup keeps of them is another matter.
+
+    Returns:
+        Whether there was anything to delete.
+
+    Raises:
+        DualLoRAError: there is no model, ``model.json`` cannot be written, or a file cannot be deleted.
+    """
+    manifest = read_manifest(folder)
+    current = {**manifest, "previous": None}
+    if manifest.get("previous") is not None:
+        write_atomic(folder / _MANIFEST, _to_json(current))
+    try:
+        unnamed = _unnamed(folder, current)
+        for path in unnamed:
+            path.unlink()
+        remove_leftovers(folder)
+        sync_folder(folder)
+    except OSError as error:
+        raise DualLoRAError(
+            f"the previous state in {folder} may still be on the disk, {error.filename or folder} could not "
+            f"be deleted: {reason(error)}. Then run `duallora forget MODEL --purge` again."
+        ) from error
+    return bool(unnamed) or manifest.get("previous") is not None
+
+
+def _expected(folder: Path, expected: str | None) -> dict[str, Any]:
+    """The current manifest; the caller holds the lock, so that it stays the current one."""
+    manifest = read_manifest(folder)
+    if expected is not None and manifest["weights"] != expected:
+        raise DualLoRAError(CHANGED)
+    return manifest
 
 
 def _confirm(folder: Path) -> None:
@@ -296,15 +368,19 @@ def _manifest_or_none(folder: Path) -> dict[str, Any] | None:
 
 def _remove_unnamed(folder: Path, *manifests: Mapping[str, Any] | None) -> None:
     """Deletes temporary files, and weight files that no manifest (or its previous generation) names."""
+    with suppress(OSError):  # what stays is deleted by the next commit
+        for path in _unnamed(folder, *manifests):
+            path.unlink()
+        remove_leftovers(folder)
+
+
+def _unnamed(folder: Path, *manifests: Mapping[str, Any] | None) -> list[Path]:
+    """Weight files that no manifest (or its previous generation) names."""
     named: set[str] = set()
     for manifest in manifests:
         if manifest is not None:
             named.update(manifest["files"], (manifest.get("previous") or {}).get("files", {}))
-    with suppress(OSError):  # what stays is deleted by the next commit
-        for path in folder.iterdir():
-            if _OWN_FILE.fullmatch(path.name) and path.name not in named:
-                path.unlink()
-        remove_leftovers(folder)
+    return [path for path in folder.iterdir() if _OWN_FILE.fullmatch(path.name) and path.name not in named]
 
 
 def _to_json(manifest: Mapping[str, Any]) -> bytes:

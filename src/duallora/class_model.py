@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,13 +33,11 @@ class RandomFeatureModel:
         self.gram = torch.zeros(size, size, dtype=torch.float64)  # G = sum h^T h
         self.targets = torch.zeros(size, 0, dtype=torch.float64)  # Q = sum h^T y
         self.images = 0
+        self.unlabelled = 0  # those of them whose row is forgotten
         self.losses: dict[int, Tensor] = {}
         self.weight = torch.zeros(size, 0, device=device)  # W
-
-    @property
-    def kappa(self) -> float:
-        """Temperature with the smallest leave-one-out loss summed over tasks; the largest among equals."""
-        return best_kappa(KAPPAS, self.losses)
+        # Temperature with the smallest leave-one-out loss summed over tasks; the largest among equals.
+        self.kappa = best_kappa(KAPPAS, self.losses)
 
     def add(self, task: int, features: Tensor, labels: Tensor, classes: int) -> None:
         """Adds final features (n, d) with labels (n,) as new rows, refits W, stores the kappa losses."""
@@ -50,6 +50,29 @@ class RandomFeatureModel:
         self.images += len(features)
         vectors, inverse = self._solve()
         self._fit(task, features, labels + first, vectors, inverse)
+
+    def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
+        """A random solution for tasks with so many classes each, for measurements."""
+        size, rows = len(self.gram), sum(classes)
+        self.losses = {task: torch.zeros_like(KAPPAS) for task in range(len(classes))}
+        self.weight = torch.randn(size, rows, generator=generator).div(size**0.5).to(self.device)
+        self.gram = torch.eye(size, dtype=torch.float64)
+        self.targets, self.images = self.weight.cpu().double(), 20 * rows
+
+    def forget(self, task: int, kept: Tensor, images: int, whole: bool) -> None:
+        """Loses the rows that are not ``kept`` (R,), whose ``images`` stay in G as images of no row.
+
+        Args:
+            task: index of the task.
+            kept: which rows stay, bool.
+            images: how many images the others had.
+            whole: the task is forgotten with all its rows, and so are its losses.
+        """
+        self.targets, self.weight = self.targets[:, kept], self.weight[:, kept.to(self.device)]
+        self.unlabelled += images
+        if whole:
+            self.losses.pop(task, None)
+            self.kappa = best_kappa(KAPPAS, self.losses)
 
     def log_q(self, f: Tensor) -> Tensor:
         """Log-posterior over rows (n, R) for final features (n, d)."""
@@ -64,6 +87,8 @@ class RandomFeatureModel:
             "weight": self.weight,
         }
         tensors["images"] = torch.tensor(self.images)
+        if self.unlabelled:
+            tensors["unlabelled"] = torch.tensor(self.unlabelled)
         return tensors | {f"fit.{task}": losses for task, losses in self.losses.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -73,10 +98,11 @@ class RandomFeatureModel:
             tensors["weight"].to(self.device),
         )
         self.gram, self.targets = tensors["gram"].cpu(), tensors["targets"].cpu()
-        self.images = int(tensors["images"])
+        self.images, self.unlabelled = int(tensors["images"]), int(tensors.get("unlabelled", 0))
         self.losses = {
             int(name.split(".")[1]): x.cpu() for name, x in tensors.items() if name.startswith("fit.")
         }
+        self.kappa = best_kappa(KAPPAS, self.losses)
 
     def _lift(self, f: Tensor) -> Tensor:
         return (f.to(self.device).float() @ self.projection).relu()
@@ -92,7 +118,8 @@ class RandomFeatureModel:
         rank = min(int((values > 1e-12 * values[-1]).sum()), self.images)
         known = values[len(values) - rank :]
         energy = rotated[len(values) - rank :].square().sum(1) / known  # of the n squared targets
-        beyond = max(self.images - float(energy.sum()), 0.0) if rank < self.images else 0.0
+        labelled = self.images - self.unlabelled
+        beyond = max(labelled - float(energy.sum()), 0.0) if rank < self.images else 0.0
 
         def validation(ridge: float) -> float:
             # Sums of what is left over: as differences, both would be round-off where the fit interpolates.
@@ -112,3 +139,4 @@ class RandomFeatureModel:
         z = (h @ self.weight.cpu().double() - leverage * y) / (1 - leverage)
         losses = [-(k * z).log_softmax(1).gather(1, rows.cpu()[:, None]).sum() for k in KAPPAS.tolist()]
         self.losses[task] = torch.stack(losses)
+        self.kappa = best_kappa(KAPPAS, self.losses)

@@ -20,12 +20,20 @@ from duallora.errors import DualLoRAError
 VERBS = {
     "run": "duallora.commands.run:run",
     "compare": "duallora.commands.compare:compare",
+    "reproduce": "duallora.commands.reproduce:reproduce",
     "methods": "duallora.commands.methods:methods",
+    "streams": "duallora.commands.streams:streams",
+    "backbones": "duallora.commands.backbones:backbones",
     "learn": "duallora.commands.learn:learn",
     "predict": "duallora.commands.predict:predict",
     "evaluate": "duallora.commands.evaluate:evaluate",
     "inspect": "duallora.commands.inspect:inspect",
     "undo": "duallora.commands.undo:undo",
+    "export": "duallora.commands.export:export",
+    "bench": "duallora.commands.bench:bench",
+    "forget": "duallora.commands.forget:forget",
+    "serve": "duallora.commands.serve:serve",
+    "app": "duallora.commands.app:app",
 }
 
 INTERNAL_ERROR = 1
@@ -116,7 +124,7 @@ def _print_help() -> None:
     for verb, place in VERBS.items():
         module, name = place.split(":")
         summary = (getattr(importlib.import_module(module), name).__doc__ or "").strip().splitlines()[0]
-        line(f"  {verb:<10}{summary}")
+        line(f"  {verb:<11}{summary}")
     line("\nduallora VERB --help shows a command's options, duallora --version the version.")
 
 

@@ -182,10 +182,14 @@ def _deviation(value: Spread | None, all_: Sequence[float]) -> float:
     return max(all_) if value is None or value.deviation is None else value.deviation
 
 
-def curves(entry: Entry, readout: str) -> list[Spread]:
-    """Accuracy over all classes seen so far after every task, over the line's seeds."""
+def curves(entry: Entry, readout: str) -> dict[int, Spread]:
+    """Accuracy over all classes seen so far by number of tasks learned, over the line's seeds."""
     steps = zip(*(run["readouts"][readout]["incremental_accuracy"] for run in entry.runs), strict=True)
-    return [Spread(statistics.mean(s), statistics.stdev(s) if len(s) > 1 else None) for s in steps]
+    return {
+        number: Spread(statistics.mean(s), statistics.stdev(s) if len(s) > 1 else None)
+        for number, s in enumerate(steps, start=1)
+        if None not in s
+    }
 
 
 def to_csv(entries: Sequence[Entry]) -> bytes:

@@ -20,13 +20,20 @@ _NO_PLOT = "compare.png was not drawn: install matplotlib with pip install 'dual
 _MAIN = ("average_incremental_accuracy", "given_task", "forgetting", "forgetting_given_task")
 _NOTES = (
     "Mean and sample standard deviation over the seeds; accuracies, forgetting and calibration error in "
-    "percent. Bold is best and italic second, marked only where the lead over every line behind exceeds the "
-    "larger standard deviation of the two; a line with one seed is never marked, and joint training, which "
-    "sees all data at once, takes no part.",
-    "*heads*: arg-max over the method's own classifier. *calibrated*: the same features with the class rows "
-    "and calibration of DualLoRA, so that what these bring is not credited to an adapter. A method predicts "
-    "with the readout named beside it; the columns of the first and the last table that name none are of "
-    "that one. A reconstruction follows a paper whose code or full text was not to be had.",
+    "percent. Bold is best and italic second, marked only where the lead over every line behind exceeds "
+    "the larger standard deviation of the two; a line with one seed is never marked, and joint training, "
+    "which sees all data at once, takes no part.",
+    "*heads*: arg-max over the method's own classifier. *calibrated*: the method's heads joined with the "
+    "class rows and calibration of DualLoRA, so that what these bring is not credited to an adapter; the "
+    "rows come from the same pass but read more than the final feature, also the mean patch token and "
+    "tokens from a third of the depth, by default below the adapters. A method predicts with the readout "
+    "named beside it; the columns of the first and the last table that name none are of that one. A "
+    "reconstruction follows a paper whose code or full text was not to be had.",
+    "Cost: *training* leaves out the frozen features of the un-augmented images, which are computed once "
+    "for all runs and which frozen, linear, ncm, color, ranpac without a first session and, outside of "
+    "training steps, the queries of the prompt methods are given; *images/s* is measured without them. "
+    "*stored* is all that is saved beside the backbone: in every line, also where a method answers by its "
+    "heads, that includes the class rows of DualLoRA, whose pooled scatter is in fp64.",
 )
 
 
@@ -195,13 +202,13 @@ def plot(entries: Sequence[Entry]) -> bytes | None:
 
 
 def _draw(axes: Axes, entry: Entry, readout: str, tasks: int, look: dict[str, Any]) -> None:
-    found = curves(entry, readout)
+    points = curves(entry, readout)
+    steps, found = list(points), list(points.values())
     means = [value.mean for value in found]
     label = entry.label.replace("$", r"\$")  # matplotlib would read a formula
     if entry.upper_bound:  # it has learned nothing but the end
         axes.plot([tasks], means[-1:], label=label, color="0.2", ls="", marker="*", ms=11)
         return
-    steps = range(1, len(found) + 1)
     axes.plot(steps, means, label=label, lw=1.6, **look)
     if len(entry.seeds) > 1:
         low, high = ([v.mean + sign * (v.deviation or 0.0) for v in found] for sign in (-1, 1))

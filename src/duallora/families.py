@@ -1,27 +1,56 @@
-"""Which timm models can carry adapters, and what their final feature is.
+"""Which models of timm can carry adapters, what is made of them for that, and what their final feature is.
 
-An adapter wraps the fused ``qkv`` layer of an attention module. That is only sound where the attention calls
-``qkv`` as a layer: one that reads ``qkv.weight`` bypasses the wrapper without an error. So families are
-admitted by name, and all others are refused.
+An adapter wraps the fused ``qkv`` layer of an attention. That is only sound where every projection goes
+through a call of that layer, so families are admitted by name, their attentions are laid out and probed (see
+:mod:`duallora.attention`), and all others are refused.
 """
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import timm
+from timm.layers import AttentionRope  # type: ignore[attr-defined]
+from timm.models import beit, eva, vision_transformer
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, VisionTransformer  # type: ignore[attr-defined]
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from duallora.attention import calls_qkv, fuse
 from duallora.errors import DualLoRAError
 
-FAMILIES = ("vision_transformer", "deit", "vision_transformer_hybrid")  # timm's modules with plain ViTs
+MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "eva", "beit")  # of timm
 
-_BYPASS = "its attention can read qkv.weight directly and so bypass an adapter without an error"
-_REFUSED = {"beit": _BYPASS, "eva": f"{_BYPASS}, and its positions are rotary"}
-_NOT_PLAIN = "it is not timm's plain VisionTransformer"
+Vit = VisionTransformer | Eva | Beit
+Positions = Literal["absolute", "rotary", "relative"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Exact types, since a subclass may do as it likes."""
+
+    models: tuple[type[nn.Module], ...]
+    block: type[nn.Module]
+    attentions: tuple[type[nn.Module], ...]
+
+
+_KINDS = (
+    _Kind(
+        (VisionTransformer, VisionTransformerDistilled),
+        vision_transformer.Block,
+        (vision_transformer.Attention,),  # type: ignore[attr-defined]
+    ),
+    _Kind((Eva,), eva.EvaBlock, (eva.EvaAttention, AttentionRope)),
+    _Kind((Beit,), beit.Block, (beit.Attention,)),
+)
+
+_NOT_PLAIN = "it is none of the plain ViTs that are known here"
 _POOLED = {
+    "token": "class token",
     "avg": "mean of the {}",
     "avgmax": "half the sum of mean and maximum of the {}",
     "max": "maximum over the {}",
@@ -40,9 +69,9 @@ def check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if architecture not in timm.list_models():
         raise DualLoRAError(f"There is no backbone {name!r}; {_hint(name)}.")
-    family = str(timm.model_entrypoint(architecture).__module__).rpartition(".")[2]
-    if family not in FAMILIES:
-        raise _refusal(name, f"of timm's family {family!r}", _REFUSED.get(family, _NOT_PLAIN))
+    module = str(timm.model_entrypoint(architecture).__module__).rpartition(".")[2]
+    if module not in MODULES:
+        raise refusal(name, f"of timm's family {module!r}", _NOT_PLAIN)
     names = [full for full in timm.list_models(architecture, include_tags=True) if full != architecture]
     if name in names or not (tag or names):  # without any tag: the weights can only come from a file
         return
@@ -50,43 +79,53 @@ def check_name(name: str) -> None:
     raise DualLoRAError(f"The backbone {architecture} {problem}; its tags: {', '.join(names) or 'none'}.")
 
 
-def plain_vit(model: nn.Module, name: str) -> VisionTransformer:
-    """The model itself, if every projection of its attention goes through a call of ``qkv``.
+def prepared(model: nn.Module, name: str) -> Vit:
+    """The model itself, once every projection of its attention goes through a call of ``qkv``.
 
     Args:
-        model: a timm model.
+        model: a timm model; its projections are laid out anew where they are not one fused layer.
         name: what messages call it.
 
     Raises:
         DualLoRAError: any other model, by its name and with the reason.
     """
-    kind = type(model)
-    plain = (VisionTransformer, VisionTransformerDistilled)
-    if not isinstance(model, VisionTransformer) or kind not in plain:  # a subclass may do as it likes
-        family = kind.__module__.rpartition(".")[2]
-        raise _refusal(name, f"a timm {kind.__name__}", _REFUSED.get(family, _NOT_PLAIN))
+    kind = next((kind for kind in _KINDS if type(model) in kind.models), None)
+    if kind is None or not isinstance(model, Vit):
+        raise refusal(name, f"a timm {type(model).__name__}", _NOT_PLAIN)
     for block in model.blocks.children():
-        attention = getattr(block, "attn", None)
-        if type(attention) is not Attention:
+        attention: Any = getattr(block, "attn", None)
+        if type(attention) not in kind.attentions:
             found = type(block if attention is None else attention).__name__
-            raise _refusal(name, f"a ViT with {found}", "only timm's plain Attention calls qkv as a layer")
-        if type(attention.qkv) is not nn.Linear:
-            found = type(attention.qkv).__name__
-            raise _refusal(name, f"a ViT with {found} as qkv", "only a plain Linear can be wrapped")
-        if getattr(attention, "gate", None) is not None:
-            raise _refusal(name, "a ViT with gated Attention", "no adapter covers the projection of the gate")
+            raise refusal(name, f"a ViT with {found}", "it is not known to call qkv as a layer")
+        if type(block) is not kind.block:
+            reason = "its attention does not read what its first norm gives"
+            raise refusal(name, f"a ViT with {type(block).__name__}", reason)
+        problem = fuse(attention)
+        if problem is None and not calls_qkv(attention):
+            problem = "it does not call qkv as a layer and would bypass an adapter without an error"
+        if problem is not None:
+            raise refusal(name, f"a ViT with {type(attention).__name__}", problem)
     if not model.global_pool:
-        raise _refusal(name, "a ViT without pooling", "it gives no final feature")
+        raise refusal(name, "a ViT without pooling", "it gives no final feature")
     return model
 
 
-def describe_pooling(model: VisionTransformer) -> str:
+def positions(model: Vit) -> Positions:
+    """Where a token's place enters: at the input, or in every attention, which then knows no other tokens."""
+    if getattr(model, "rope", None) is not None:
+        return "rotary"
+    tables = (m for m in model.modules() if getattr(m, "relative_position_bias_table", None) is not None)
+    return "absolute" if next(tables, None) is None else "relative"
+
+
+def describe_pooling(model: Vit) -> str:
     """What the final feature is, in words, and what stands for a missing class token at the gate."""
     if isinstance(model, VisionTransformerDistilled):
         return "mean of the class token and the distillation token"
     if model.global_pool == "token":
-        return "class token"
-    with_prefix = getattr(model, "pool_include_prefix", False)  # older timm never pools the prefix tokens
+        return _POOLED["token"]
+    # Older timm never pools the prefix tokens; the attention pooling of EVA always does.
+    with_prefix = getattr(model, "pool_include_prefix", isinstance(model, Eva) and model.global_pool == "map")
     patches_only = model.num_prefix_tokens > 0 and not with_prefix
     words = _POOLED[model.global_pool].format("patch tokens" if patches_only else "tokens")
     if model.cls_token is None:
@@ -94,16 +133,18 @@ def describe_pooling(model: VisionTransformer) -> str:
     return words
 
 
+def refusal(name: str, what: str, reason: str) -> DualLoRAError:
+    """The error for a model that cannot be a backbone."""
+    return DualLoRAError(
+        f"The backbone {name} is {what} and cannot carry adapters: {reason}; use a model of another family, "
+        "such as vit_base_patch16_224.augreg_in21k (`duallora backbones` lists them)."
+    )
+
+
 def _hint(name: str) -> str:
     if name.endswith(".safetensors"):
         return "give a local file with --backbone-file and its timm architecture with --backbone"
-    known = [full for family in FAMILIES for full in timm.list_models(module=family, pretrained=True)]
+    known = [full for module in MODULES for full in timm.list_models(module=module, pretrained=True)]
     near = difflib.get_close_matches(name, ["embedded", *known], n=3, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else "give embedded, or the full tag of a timm ViT"
-
-
-def _refusal(name: str, what: str, reason: str) -> DualLoRAError:
-    return DualLoRAError(
-        f"The backbone {name} is {what} and cannot carry adapters: {reason}; use a plain ViT of timm, such "
-        "as vit_base_patch16_224.augreg_in21k, or one of its DeiT, DINOv2, CLIP or SigLIP models."
-    )
+    words = "give embedded, the full tag of a timm ViT, or hf: and the name of a Hugging Face ViT"
+    return f"nearest: {', '.join(near)}" if near else words

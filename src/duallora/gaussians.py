@@ -30,6 +30,15 @@ class Gaussians:
             self.mean = torch.cat([self.mean, own.mean(0, keepdim=True).float()])
             self.covariance = torch.cat([self.covariance, covariance[None].float()])
 
+    def simulate(self, rows: int) -> None:
+        """So many rows around zero, for measurements."""
+        dim = self.mean.shape[1]
+        self.mean, self.covariance = torch.zeros(rows, dim), torch.eye(dim).repeat(rows, 1, 1)
+
+    def forget(self, kept: Tensor) -> None:
+        """Loses rows; ``kept`` (R,), bool, says which stay."""
+        self.mean, self.covariance = self.mean[kept], self.covariance[kept]
+
     def move(self, mean: Tensor, jacobian: Tensor) -> None:
         """Rows now lie at ``mean`` (R, d) with covariances ``J S J^T``, J = dy/dx (R, d, d) or (d, d)."""
         j = jacobian.cpu().double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duallora.memory import sum_rows
+from duallora.memory import below_peak
 
 
 class Heads(nn.Module):
@@ -40,6 +40,21 @@ class Heads(nn.Module):
         head.weight.copy_(weight)  # type: ignore[operator]
         head.bias.copy_(bias)  # type: ignore[operator]
 
+    @torch.no_grad()
+    def forget(self, task: int, kept: Tensor) -> None:
+        """Loses outputs of the head of ``task``; ``kept`` (|Y_t|,), bool, says which of them stay."""
+        head, kept = self.tasks[task], kept.to(self.device)
+        head.weight = nn.Parameter(head.weight[kept], requires_grad=False)  # type: ignore[index]
+        head.bias = nn.Parameter(head.bias[kept], requires_grad=False)  # type: ignore[index]
+        head.out_features = int(kept.sum())  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def shift(self, weight: Tensor, bias: Tensor) -> None:
+        """Adds the same weight (d,) and bias () to every output: no softmax over them changes."""
+        for head in self.tasks:
+            head.weight.add_(weight)  # type: ignore[operator]
+            head.bias.add_(bias)  # type: ignore[operator]
+
     def current(self, f: Tensor) -> Tensor:
         """Logits over the current task's classes (n, |Y_t|)."""
         logits: Tensor = self.tasks[-1](f[:, : self.dim])
@@ -53,14 +68,19 @@ class Heads(nn.Module):
         """Restores the heads from their state dict; the shapes say how many there are."""
         self.tasks = nn.ModuleList()
         for task in range(sum(name.endswith(".weight") for name in tensors)):
-            self.open(tensors[f"tasks.{task}.weight"].shape[0], torch.Generator())
+            classes = tensors[f"tasks.{task}.weight"].shape[0]
+            self.open(max(classes, 1), torch.Generator())
+            if not classes:  # forgotten; torch makes no layer without outputs and without a warning
+                self.forget(task, torch.zeros(1, dtype=torch.bool))
         self.load_state_dict(tensors)
         self.requires_grad_(False)
 
 
 def within_tasks(log_rows: Tensor, row_task: Tensor, tasks: int) -> Tensor:
     """Normalises logits over rows (n, R) inside each task: log-probability of the class given the task."""
-    return log_rows - sum_rows(log_rows, row_task, tasks)[:, row_task]
+    below, peak = below_peak(log_rows, row_task, tasks)
+    total = torch.zeros_like(peak).index_add_(1, row_task, below.exp())
+    return below - total.log()[:, row_task]  # the peak is not added again: it may be large, and would round
 
 
 def calibrate(
@@ -78,9 +98,10 @@ def calibrate(
         tau: weight of the task posterior for ``"task"``.
     """
     tasks = log_task.shape[1]
-    head = within_tasks(logits, row_task, tasks)
     if kind == "class":
-        return log_task[:, row_task] + within_tasks((head + log_q) / 2, row_task, tasks)
+        # The softmax inside a task does not see that the head's own has not been taken before.
+        return log_task[:, row_task] + within_tasks((logits + log_q) / 2, row_task, tasks)
+    head = within_tasks(logits, row_task, tasks)
     if tau:  # 0 times the -inf of a task without a basis would not be a number
         head = head + tau * log_task[:, row_task]
     return head.log_softmax(1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +30,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG200
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _SYSTEM_FOLDERS = frozenset({"__MACOSX"})
 _ORIENTATION_TAG = 0x0112
+_PILLOW = re.compile(r"PIL\.")
+
+
+class TooManyPixels(DualLoRAError):
+    """An image is larger than what is decoded."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -46,27 +54,28 @@ def read_image(path: str | Path) -> Image.Image:
             the message names it.
     """
     try:
-        # Whatever the decoder grumbles about and then decodes all the same is a readable image.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_formats()) as image:
-                _refuse_huge(image, str(path))
-                return _plain_rgb(image)
-    except DualLoRAError:
-        raise
+        return _read(path, str(path), MAX_PIXELS)
     except FileNotFoundError as error:
         raise DualLoRAError(f"{path} does not exist: check the path") from error
     except IsADirectoryError as error:
         raise DualLoRAError(f"{path} is a folder, not an image: name the files in it") from error
     except PermissionError as error:
         raise DualLoRAError(f"{path} may not be read: change its permissions") from error
-    except Image.DecompressionBombError as error:
-        raise DualLoRAError(_too_many_pixels(str(path))) from error
-    except UnidentifiedImageError as error:
-        raise DualLoRAError(f"{path} is not an image in a known format: repair or remove it") from error
-    # Malformed files make the decoders raise nearly anything (SyntaxError, struct.error, ValueError, ...).
-    except Exception as error:
-        raise DualLoRAError(f"{path} cannot be decoded ({error}): repair or remove it") from error
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the bytes of an image file, as :func:`read_image` does a file.
+
+    Args:
+        data: of the file.
+        name: what the messages call it.
+        max_pixels: images with more are refused before they are decoded; at most ``MAX_PIXELS``.
+
+    Raises:
+        TooManyPixels: the image is too large.
+        DualLoRAError: it is not a readable image; the message names it.
+    """
+    return _read(io.BytesIO(data), name, min(max_pixels, MAX_PIXELS))
 
 
 def to_pil(image: Image.Image | torch.Tensor | str | Path) -> Image.Image:
@@ -144,13 +153,41 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _too_many_pixels(what: str) -> str:
-    return f"{what} has more than {MAX_PIXELS:,} pixels and is not decoded: make it smaller first"
+def _hush_pillow() -> None:
+    """Whatever the decoder grumbles about and then decodes all the same is a readable image.
+
+    For good and for the whole process, but for Pillow alone: ``catch_warnings`` restores what it found, so of
+    several threads that read one could leave the others' silence behind.
+    """
+    first: list[Any] = list(warnings.filters[:1])
+    if not first or first[0][3] != _PILLOW:  # changing the filters makes Python repeat warnings shown once
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
 
 
-def _refuse_huge(image: Image.Image, what: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise DualLoRAError(_too_many_pixels(what))
+def _read(source: str | Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+    try:
+        _hush_pillow()
+        with Image.open(source, formats=_formats()) as image:
+            _refuse_huge(image, name, max_pixels)
+            return _plain_rgb(image)
+    except (DualLoRAError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(_too_many_pixels(name, max_pixels)) from error
+    except UnidentifiedImageError as error:
+        raise DualLoRAError(f"{name} is not an image in a known format: repair or remove it") from error
+    # Malformed files make the decoders raise nearly anything (SyntaxError, struct.error, ValueError, ...).
+    except Exception as error:
+        raise DualLoRAError(f"{name} cannot be decoded ({error}): repair or remove it") from error
+
+
+def _too_many_pixels(what: str, most: int) -> str:
+    return f"{what} has more than {most:,} pixels and is not decoded: make it smaller first"
+
+
+def _refuse_huge(image: Image.Image, what: str, most: int = MAX_PIXELS) -> None:
+    if image.width * image.height > most:
+        raise TooManyPixels(_too_many_pixels(what, most))
 
 
 def _plain_rgb(image: Image.Image) -> Image.Image:
@@ -184,7 +221,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     grey = np.asarray(image)
     if image.mode == "F":
-        grey = np.nan_to_num(grey)
+        grey = np.nan_to_num(grey).clip(0)
         if grey.max() <= 1:
             grey = grey * 255
         grey = grey.round()

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from duallora import checkpoint, metrics
+from duallora import checkpoint, metrics, parallel
+from duallora.answers import predictions
 from duallora.backbones import Backbone, BackboneInfo, load_backbone
+from duallora.compute import Machine
 from duallora.errors import DualLoRAError
+from duallora.forgetting import Forgotten, forget
 from duallora.images import to_pil
-from duallora.memory import sum_rows
 from duallora.methods import METHODS, Method, MethodConfig, TaskInfo, method_name
 from duallora.methods.duallora import DualLoRAConfig
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
 from duallora.progress import Progress
 from duallora.streams import TaskDataset
 from duallora.streams.task import as_task_dataset
-from duallora.train import EVALUATION_BATCH, batches, learn_task, make_fabric
+from duallora.train import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
 from duallora.transforms import Augmentation, evaluation_transform
 
 
@@ -37,7 +39,8 @@ class ContinualLearner:
         method: configuration of the method, for instance :class:`DualLoRAConfig`.
         seed: keys every random draw, with the task, the epoch and the sample.
         backbone_file: local ``.safetensors`` file with the backbone's weights.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; or a :class:`Machine`, for several processes
+            and everything else of :class:`Compute`.
         augment: ``"crop,flip"``, ``"crop"`` or ``"none"``.
         progress: where to report; the default is silent.
 
@@ -56,7 +59,7 @@ class ContinualLearner:
         seed: int = 0,
         *,
         backbone_file: str | Path | None = None,
-        device: str = "auto",
+        device: str | Machine = "auto",
         augment: str = "crop,flip",
         progress: Progress | None = None,
     ) -> None:
@@ -64,12 +67,14 @@ class ContinualLearner:
         self.config, self.seed, self.augment = config, seed, augment
         self.method_name = method_name(config)
         self.progress = progress if progress is not None else Progress(quiet=True)
-        self.fabric = make_fabric(device)
+        self.machine = Machine.of(device)
         self.backbone = load_backbone(backbone, backbone_file) if isinstance(backbone, str) else backbone
-        self.backbone.to(self.fabric.device)
+        self.backbone.to(self.machine.device)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed)
-        self.method.autocast = self.fabric.autocast
+        self.method.autocast = self.machine.autocast
         self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
+        if self.machine.compute.compile:
+            self.backbone.compile(dynamic=True)
         # An unknown policy is refused now, not at the first task.
         Augmentation(self.backbone.info, augment, seed, 0)
         self.tasks: list[TaskRecord] = []
@@ -80,7 +85,7 @@ class ContinualLearner:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.fabric.device
+        return self.machine.device
 
     @property
     def forward_passes(self) -> int:
@@ -115,8 +120,10 @@ class ContinualLearner:
         task = TaskInfo(len(self.tasks), name, classes)
         augmentation = Augmentation(self.backbone.info, self.augment, self.seed, task.index)
         self._unfinished = name
+        if self.machine.compute.compile:
+            torch.compiler.reset()  # a task changes the adapters: what was compiled for the last is no use
         timings = learn_task(
-            self.method, task, data, augmentation, self.preprocess, self.fabric, self.progress
+            self.method, task, data, augmentation, self.preprocess, self.machine, self.progress
         )
         self._unfinished = None
         record = TaskRecord(
@@ -133,10 +140,17 @@ class ContinualLearner:
         return record
 
     def outputs(self, dataset: Dataset[Any]) -> Outputs:
-        """Raw outputs for every image of a data set, in order; labels are not looked at."""
+        """Raw outputs for every image of a data set, in order; labels are not looked at.
+
+        Where several processes run, each computes its share of the images and gets the outputs of all.
+        """
         data = as_task_dataset(dataset)
-        found = batches(data, lambda image, _: self.preprocess(image), EVALUATION_BATCH, self.device)
-        return self.outputs_of(batch.images for batch in found)
+        divided = len(data) >= parallel.size()
+        own = parallel.share(len(data)) if divided else range(len(data))
+        chunks = chunked(own, EVALUATION_BATCH)
+        found = batches(data, unaugmented(self.preprocess), self.machine, chunks)
+        outputs = self.outputs_of(batch.images for batch in found)
+        return outputs.gathered() if divided else outputs
 
     def outputs_of(self, images: Iterable[Tensor]) -> Outputs:
         """Raw outputs for batches of preprocessed images (B, 3, H, W).
@@ -155,7 +169,8 @@ class ContinualLearner:
             parts = [getattr(readout, field) for readout in readouts]
             return None if parts[0] is None else torch.cat([p.float().cpu() for p in parts])
 
-        rows = [(t, self.classes.index(c)) for t, task in enumerate(self.tasks) for c in task.classes]
+        number = {name: i for i, name in enumerate(self.classes)}
+        rows = [(t, number[c]) for t, task in enumerate(self.tasks) for c in task.classes]
         return Outputs(
             **{
                 f: joined(f)
@@ -216,31 +231,21 @@ class ContinualLearner:
             outputs = self.outputs_of(self._batches(items))
         finally:
             self.method.cache = kept
-        probabilities = metrics.class_probabilities(outputs, outputs.readout)
-        values, which = probabilities.topk(min(max(top, 1), len(self.classes)), 1)
-        # Where plain heads answer, the task is theirs too: the rows might contradict the class.
-        log_task = outputs.task_posterior
-        if outputs.readout == "heads":
-            log_task = sum_rows(outputs.heads, outputs.row_task, len(self.tasks))
-        confidence, task = log_task.exp().max(1)
-        result = []
-        for i, item in enumerate(items):
-            best = tuple(
-                (self.classes[c], float(p))
-                for c, p in zip(which[i].tolist(), values[i].tolist(), strict=True)
-            )
-            result.append(
-                Prediction(
-                    path=str(item) if isinstance(item, (str, Path)) else None,
-                    label=best[0][0],
-                    probability=best[0][1],
-                    task=self.tasks[int(task[i])].name,
-                    task_confidence=float(confidence[i]),
-                    unknown=1.0 - float(outputs.familiarity[i]),
-                    top=best,
-                )
-            )
-        return result
+        paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
+        return predictions(outputs, self.classes, [task.name for task in self.tasks], paths, top)
+
+    def forget(self, *, task: str | None = None, name: str | None = None) -> Forgotten:
+        """Takes back what was taught: one task, or one class from all tasks that taught it.
+
+        Args:
+            task: name of the task.
+            name: name of the class; one of the two is given.
+
+        Raises:
+            DualLoRAError: there is none of that name, or it is all that the learner knows.
+        """
+        self._check_usable()
+        return forget(self, task=task, name=name)
 
     def save(self, path: str | Path) -> None:
         """Saves to a folder as one new generation; an interruption leaves the old one whole.
@@ -277,7 +282,7 @@ class ContinualLearner:
         cls,
         path: str | Path,
         *,
-        device: str = "auto",
+        device: str | Machine = "auto",
         progress: Progress | None = None,
         backbone: Backbone | None = None,
     ) -> ContinualLearner:
@@ -285,7 +290,7 @@ class ContinualLearner:
 
         Args:
             path: the folder.
-            device: where to compute.
+            device: where to compute, as for a new one.
             progress: where to report; the default is silent.
             backbone: the frozen backbone, if it cannot be loaded by its name.
 
@@ -294,6 +299,19 @@ class ContinualLearner:
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
+        return cls.restored(folder, manifest, tensors, device, progress, backbone)
+
+    @classmethod
+    def restored(
+        cls,
+        folder: Path,
+        manifest: dict[str, Any],
+        tensors: dict[str, Tensor],
+        device: str | Machine = "auto",
+        progress: Progress | None = None,
+        backbone: Backbone | None = None,
+    ) -> ContinualLearner:
+        """As :meth:`load`, from what ``checkpoint.read`` gave."""
         with checkpoint.intact(folder):
             return cls._restore(folder, manifest, tensors, device, progress, backbone)
 
@@ -303,20 +321,27 @@ class ContinualLearner:
         folder: Path,
         manifest: dict[str, Any],
         tensors: dict[str, Tensor],
-        device: str,
+        device: str | Machine,
         progress: Progress | None,
         backbone: Backbone | None,
     ) -> ContinualLearner:
         info = BackboneInfo.from_dict(manifest["backbone"])
         if backbone is None:
             copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
-            backbone = load_backbone(info.name, copies[0] if copies else None)
+            backbone = load_backbone(info, copies[0] if copies else None)
         if backbone.info.sha256 != info.sha256:
             raise DualLoRAError(
                 f"the model was learned on backbone {info.name!r} with sha256 {info.sha256[:12]}, but "
                 f"{backbone.info.name!r} here has {backbone.info.sha256[:12]}; use the weights that it was "
                 "learned on."
             )
+        views = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        for view in views:
+            if getattr(backbone.info, view) != getattr(info, view):
+                raise DualLoRAError(
+                    f"the model was learned on images with {view} {getattr(info, view)}, but backbone "
+                    f"{info.name!r} here takes {getattr(backbone.info, view)}; load it as it was."
+                )
         entry = METHODS.get(manifest["method"])
         if entry is None:
             raise DualLoRAError(

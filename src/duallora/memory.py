@@ -8,11 +8,15 @@ solve in fp64 when rows change, small fp32 products afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from duallora.whitening import shrunk, whitening
 
 KAPPAS = torch.logspace(-1.3010299956639813, 0, 20, dtype=torch.float64)  # .05 to 1
 _CHUNK = 4096  # features are merged in chunks of this many, so that fp64 copies stay small
@@ -44,11 +48,17 @@ class ClassMoments:
         """Moments of ``features`` (n, d) with ``labels`` (n,) in ``range(classes)``, merged in chunks."""
         total = cls.empty(classes, features.shape[1])
         for x, y in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            x, y = x.cpu().double(), y.cpu()
+            # On a GPU the large product stays there; a sum by index would not be the same every time.
+            fast = x.is_cuda
+            x, y = (x if fast else x.cpu()).double(), y.to(x.device) if fast else y.cpu()
             count = torch.bincount(y, minlength=classes).double()
-            mean = torch.zeros_like(total.mean).index_add_(0, y, x) / count.clamp(min=1)[:, None]
+            if fast:
+                summed = F.one_hot(y, classes).double().T @ x
+            else:
+                summed = torch.zeros_like(total.mean).index_add_(0, y, x)
+            mean = summed / count.clamp(min=1)[:, None]
             centred = x - mean[y]
-            total = total.merge(cls(count, mean, centred.T @ centred))
+            total = total.merge(cls(count.cpu(), mean.cpu(), (centred.T @ centred).cpu()))
         return total
 
     def merge(self, other: ClassMoments) -> ClassMoments:
@@ -82,18 +92,27 @@ class RowMemory:
         self.losses: dict[int, Tensor] = {}  # loss of every kappa on each task's images, never recomputed
         # (q95, standard deviation) of each task's own images
         self.distances: dict[int, tuple[float, float]] = {}
+        self.tasks = 0  # learned so far, forgotten ones included
+        self._forgotten = 0.0  # degrees of freedom that forgotten rows left in the scatter
         self._before = self.moments.scatter  # scatter without the latest task
+        # The temperature with the smallest loss summed over tasks; the largest among equals.
+        self.kappa = best_kappa(KAPPAS, self.losses)
         self._refresh()
 
     @property
-    def tasks(self) -> int:
-        """Number of tasks with rows."""
-        return int(self.task.max()) + 1 if len(self.task) else 0
+    def freedom(self) -> float:
+        """Degrees of freedom of the pooled scatter, to which forgotten rows still count."""
+        return float(self.moments.count.sum()) - len(self.moments.count) + self._forgotten
 
     @property
-    def kappa(self) -> float:
-        """The temperature with the smallest loss summed over tasks; the largest among equals."""
-        return best_kappa(KAPPAS, self.losses)
+    def reference(self) -> Tensor:
+        """Mean (d,) of the rows of the first task that has any; linear classifiers are seen from there."""
+        return self.moments.mean[self.task == self.task[0]].mean(0)
+
+    @property
+    def _with_rows(self) -> int:
+        """Tasks up to the last one that has rows."""
+        return int(self.task[-1]) + 1 if len(self.task) else 0
 
     def replace(self, task: int, new: ClassMoments) -> None:
         """Adds the rows of ``task``; those of an earlier pass over the same task are replaced."""
@@ -105,6 +124,32 @@ class RowMemory:
         self.moments = ClassMoments(
             torch.cat([count, new.count]), torch.cat([mean, new.mean]), self._before + new.scatter
         )
+        self.tasks = task + 1
+        self._refresh()
+
+    def staying(self, task: int, kept: Tensor) -> Tensor:
+        """Which of all rows stay (R,), where of those of ``task`` only ``kept`` (k,) do."""
+        stays = torch.ones(len(self.task), dtype=torch.bool)
+        stays[self.task == task] = kept.cpu()
+        return stays
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """Loses rows of ``task``, and with the last of them its losses and distances.
+
+        The scatter is a sum over all images and keeps their share, with its degrees of freedom.
+
+        Args:
+            task: its index.
+            kept: which of its rows stay (k,), bool.
+        """
+        m, stays = self.moments, self.staying(task, kept)
+        self._forgotten += float((m.count[~stays] - 1).sum())
+        self.task = self.task[stays]
+        self.moments = ClassMoments(m.count[stays], m.mean[stays], m.scatter)
+        if not bool(kept.any()):
+            self.losses.pop(task, None)
+            self.distances.pop(task, None)
+            self.kappa = best_kappa(KAPPAS, self.losses)
         self._refresh()
 
     def fit(self, task: int, features: Tensor, labels: Tensor) -> None:
@@ -116,6 +161,7 @@ class RowMemory:
             -(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()
         ]
         self.losses[task] = torch.stack(losses)
+        self.kappa = best_kappa(KAPPAS, self.losses)
         nearest = self._unseen_distance(features, own)[counted].double()
         if len(nearest):
             spread = float(nearest.std(unbiased=False))
@@ -124,16 +170,19 @@ class RowMemory:
         else:
             # No image to leave out: a Gaussian of d dimensions lies sqrt(d) +- 1/sqrt(2) from its mean.
             self.distances[task] = (self.dim**0.5, 2**-0.5)
+        self._tabulate()
 
     def own(self, task: int, labels: Tensor, f0: Tensor) -> Own:
         """Rows and features for leave-one-out scores of images with ``labels`` (n,) inside ``task``."""
-        first = int((self.task < task).sum())
-        return Own(labels.to(self.device) + first, f0.to(self.device))
+        return Own(labels.to(self.device) + self._first[task], f0.to(self.device))
 
     def scores(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Row scores ``s`` (n, R) up to a constant per image; ``own`` leaves each image out of its row."""
-        z = self._whiten(f)
-        scores: Tensor = z @ self._nu.T - self._nu.square().sum(1) / 2
+        return self._scores(self.whitened(f), own)
+
+    def _scores(self, z: Tensor, own: Own | None) -> Tensor:
+        """As :meth:`scores`, for features in whitened coordinates (n, d)."""
+        scores: Tensor = z @ self._nu.T - self._half
         if own is None:
             return scores
         nu = self._left_out(own)
@@ -146,25 +195,38 @@ class RowMemory:
         """Log-posterior over rows (n, R), uniform prior over rows."""
         return (self.kappa * self.scores(f, own)).log_softmax(1)
 
+    def task_weights(self, f: Tensor, own: Own | None = None) -> Tensor:
+        """Posterior over tasks (n, T): :meth:`log_q` summed over the rows of each, not as logs."""
+        weights: Tensor = (self.kappa * self.scores(f, own)).softmax(1) @ self._member
+        return weights
+
     def by_task(self, log_q: Tensor) -> Tensor:
         """Log-posterior over tasks (n, T) from that over rows."""
-        return sum_rows(log_q, self.task.to(log_q.device), self.tasks)
+        return sum_rows(log_q, self.row_task, self.tasks)
 
     def distance(self, f: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
         """Smallest Mahalanobis distance to a row's mean (n,) and the row it belongs to (n,)."""
-        z = self._whiten(f)
-        square = z.square().sum(1, keepdim=True) - 2 * self.scores(f, own)
-        best, row = square.min(1)
+        z = self.whitened(f)
+        return self._nearest(z, self._scores(z, own))
+
+    @staticmethod
+    def _nearest(z: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        best, row = (z.square().sum(1, keepdim=True) - 2 * scores).min(1)
         return best.clamp(min=0).sqrt(), row
+
+    def readout(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), whose largest part is the same."""
+        z = self.whitened(f)
+        scores = self._scores(z, None)
+        return (self.kappa * scores).log_softmax(1), self._familiarity(*self._nearest(z, scores))
 
     def familiarity(self, f: Tensor) -> Tensor:
         """``sigmoid((q95 - m) / s)`` (n,), q95 and s of the nearest row's task."""
-        nearest, row = self.distance(f)
-        task = self.task.to(row.device)[row]
-        table = torch.tensor(
-            [self.distances.get(t, (self.dim**0.5, 2**-0.5)) for t in range(self.tasks)], device=f.device
-        )
-        return ((table[task, 0] - nearest) / table[task, 1]).sigmoid()
+        return self._familiarity(*self.distance(f))
+
+    def _familiarity(self, nearest: Tensor, row: Tensor) -> Tensor:
+        q95, spread = self._table[self.row_task[row]].unbind(1)
+        return ((q95 - nearest) / spread).sigmoid()
 
     def _unseen_distance(self, f: Tensor, own: Own) -> Tensor:
         """Smallest distance (n,) of each image to a row, had it been in neither a mean nor the covariance.
@@ -174,11 +236,11 @@ class RowMemory:
         from its row mean), so by Sherman and Morrison ``d_c^2 = |w_c|^2 + k (w_c v^T)^2 / (1 - k |v|^2)`` in
         whitened coordinates, ``k = n / ((n - 1)(N - R))``; the regularisation is left as it is.
         """
-        z, nu = self._whiten(f), self._nu
+        z, nu = self.whitened(f), self._nu
         n = self._count[own.row].clamp(min=2)
         v = z - nu[own.row]
         u = v.square().sum(1)
-        k = n / ((n - 1) * max(float(self.moments.count.sum()) - len(self.moments.count), 1.0))
+        k = n / ((n - 1) * max(self.freedom, 1.0))
         shrink = k / (1 - k * u).clamp(min=1e-6)
         square = z.square().sum(1, keepdim=True) - 2 * z @ nu.T + nu.square().sum(1)
         square = square + shrink[:, None] * ((z * v).sum(1, keepdim=True) - v @ nu.T).square()
@@ -189,14 +251,26 @@ class RowMemory:
     def linear(self, task: int) -> tuple[Tensor, Tensor]:
         """Weight (k, d) and bias (k,) of the linear classifier that the rows of ``task`` make: ``kappa s``.
 
-        Seen from the mean of the first task's rows, which no later task changes: so far as the covariance
-        stays as it is, classifiers of several tasks can be compared.
+        Seen from :attr:`reference`, which no later task changes: so far as the covariance stays as it is,
+        classifiers of several tasks can be compared.
         """
-        centre = self.moments.mean[self.task == 0].mean(0).float().to(self.device)
+        centre = self.reference.float().to(self.device)
         mine = (self.task == task).to(self.device)
         nu = self._nu[mine] + (self._centre - centre) @ self._map
         weight = self.kappa * nu @ self._map.T
         return weight, -(weight @ centre) - self.kappa * nu.square().sum(1) / 2
+
+    def seen_from(self, old: Tensor) -> tuple[Tensor, Tensor]:
+        """What a classifier seen from ``old`` (d,) lacks to be one seen from :attr:`reference`.
+
+        Returns:
+            Weight (d,) and bias () of ``kappa (f S^-1 (c - c')^T + (c' S^-1 c'^T - c S^-1 c^T) / 2)``, old c,
+            new c', S the covariance: the same for all rows, so that no probability over them changes.
+        """
+        before, after = (self.whitened(c.to(self.device)) for c in (old, self.reference))
+        weight: Tensor = self.kappa * (before - after) @ self._map.T
+        bias: Tensor = self.kappa * (after.square().sum() - before.square().sum()) / 2
+        return weight, bias - weight @ self._centre
 
     def move(self, drift: Tensor, mean: Tensor | None = None) -> None:
         """Moves all rows by the linear map M = ``drift`` (d, d): ``mu M``, ``M^T scatter M`` (after SLDC).
@@ -219,6 +293,8 @@ class RowMemory:
             tensors[f"fit.{task}"] = torch.cat(
                 [losses, torch.tensor(self.distances[task], dtype=torch.float64)]
             )
+        if self._forgotten or self.tasks != self._with_rows:
+            tensors["forgotten"] = torch.tensor([self.tasks, self._forgotten], dtype=torch.float64)
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -229,47 +305,73 @@ class RowMemory:
             task, values = int(name.split(".")[1]), tensors[name].cpu()
             self.losses[task] = values[:-2]
             self.distances[task] = (float(values[-2]), float(values[-1]))
+        self.tasks = self._with_rows
+        if "forgotten" in tensors:
+            self.tasks, self._forgotten = int(tensors["forgotten"][0]), float(tensors["forgotten"][1])
+        self.kappa = best_kappa(KAPPAS, self.losses)
         self._refresh()
 
-    def _whiten(self, f: Tensor) -> Tensor:
+    def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
+        """Random rows in place of learned ones, for measurements; see :meth:`Method.simulate`.
+
+        Args:
+            classes: rows of each task.
+            generator: draws the means.
+        """
+        rows, each = sum(classes), 20
+        self.tasks = len(classes)
+        self.task = torch.arange(self.tasks).repeat_interleave(torch.tensor(classes))
+        self.moments = ClassMoments(
+            torch.full((rows,), float(each), dtype=torch.float64),
+            torch.randn(rows, self.dim, generator=generator).double(),
+            torch.eye(self.dim, dtype=torch.float64) * rows * (each - 1),
+        )
+        self._before = self.moments.scatter
+        self.losses = {t: torch.zeros_like(KAPPAS) for t in range(len(classes))}
+        self.distances = dict.fromkeys(self.losses, (self.dim**0.5, 2**-0.5))
+        self.kappa = best_kappa(KAPPAS, self.losses)
+        self._refresh()
+
+    def whitened(self, f: Tensor) -> Tensor:
+        """Features (n, d) in the coordinates ``z`` of this module, around the mean of the row means."""
         whitened: Tensor = (f.float() - self._centre) @ self._map
         return whitened
 
     def _left_out(self, own: Own) -> Tensor:
         n = self._count[own.row].clamp(min=2)[:, None]
-        nu: Tensor = (n * self._nu[own.row] - self._whiten(own.f0)) / (n - 1)
+        nu: Tensor = (n * self._nu[own.row] - self.whitened(own.f0)) / (n - 1)
         return nu
 
+    def _tabulate(self) -> None:
+        """Lays (q95, standard deviation) out by task (T, 2), where scores are computed."""
+        unknown = (self.dim**0.5, 2**-0.5)
+        table = [self.distances.get(t, unknown) for t in range(self.tasks)]
+        self._table = torch.tensor(table, device=self.device).reshape(-1, 2)
+
     def _refresh(self) -> None:
+        """Everything that scores need, on their device: called whenever rows change, never while scoring."""
         m = self.moments
-        scatter, freedom = m.scatter, float(m.count.sum()) - len(m.count)
-        if (
-            freedom < 1
-        ):  # single images say nothing of the spread inside a class: as wide as that between them
-            scatter, freedom = torch.diag((m.mean - m.mean.mean(0)).square().sum(0)), max(len(m.mean) - 1, 1)
-        factor = torch.linalg.cholesky(shrunk(scatter, freedom))
-        centre = m.mean.mean(0) if len(m.mean) else torch.zeros(self.dim, dtype=torch.float64)
-        nu = torch.linalg.solve_triangular(factor, (m.mean - centre).T, upper=False).T
-        inverse = torch.linalg.solve_triangular(
-            factor, torch.eye(self.dim, dtype=torch.float64), upper=False
-        ).T
+        self._first = [int((self.task < t).sum()) for t in range(self.tasks)]
+        self.row_task = self.task.to(self.device)
+        self._member = F.one_hot(self.row_task, max(self.tasks, 1)).float()
+        self._tabulate()
+        if not len(self.task):
+            nu, inverse = m.mean, torch.zeros(self.dim, 0)  # there is nothing to be far from
+            centre = torch.zeros(self.dim, dtype=torch.float64)
+        else:
+            centre = m.mean.mean(0)
+            nu, inverse = whitening(self._covariance(), m.mean - centre, self.device)
         self._nu, self._map = nu.float().to(self.device), inverse.float().to(self.device)
         self._centre, self._count = centre.float().to(self.device), m.count.float().to(self.device)
+        self._half = self._nu.square().sum(1) / 2
 
-
-def shrunk(scatter: Tensor, freedom: float) -> Tensor:
-    """Within-class covariance (d, d) from the scatter and its degrees of freedom, shrunk to its diagonal.
-
-    ``Sigma = Sigma0 + l diag(Sigma0)``, ``l = 1/2 (d / freedom)^(3/2)`` in [1e-4, 10]: many images leave the
-    covariance as it is, few leave its diagonal alone. The exponent was fitted to the best of seven values of
-    l on 18 sets of 20 to 6,000 images (``docs/residual.md``).
-    """
-    dim = len(scatter)
-    sigma = scatter / freedom
-    weight = min(max(0.5 * (dim / freedom) ** 1.5, 1e-4), 10.0)
-    spread = sigma.diagonal()
-    spread = spread.clamp(min=max(1e-3 * float(spread.mean()), 1e-4))  # a dead feature has no variance at all
-    return sigma + torch.diag(weight * spread)
+    def _covariance(self) -> Tensor:
+        """Within-class covariance (d, d), shrunk."""
+        m = self.moments
+        scatter, freedom = m.scatter, self.freedom
+        if freedom < 1:  # single images say nothing of the spread in a class: as wide as that between them
+            scatter, freedom = torch.diag((m.mean - m.mean.mean(0)).square().sum(0)), max(len(m.mean) - 1, 1)
+        return shrunk(scatter, freedom)
 
 
 def best_kappa(grid: Tensor, losses: dict[int, Tensor]) -> float:
@@ -283,11 +385,20 @@ def best_kappa(grid: Tensor, losses: dict[int, Tensor]) -> float:
 def sum_rows(log_rows: Tensor, group: Tensor, groups: int) -> Tensor:
     """Sums probabilities given as logs (n, R) over the rows of each group (R,) -> (n, groups), as logs.
 
-    Works for tasks and for class names alike; a group without rows gets ``-inf``. The peak is taken per
-    group: one far below the best must not underflow, because the shares inside it are still asked for.
+    Works for tasks and for class names alike; a group without rows gets ``-inf``.
+    """
+    below, peak = below_peak(log_rows, group, groups)
+    total = torch.zeros_like(peak).index_add_(1, group, below.exp())
+    return total.log() + peak
+
+
+def below_peak(log_rows: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Logs (n, R) less the largest of their group (R,), and these (n, groups); 0 for one that is empty.
+
+    The peak is taken per group: one far below the best must not underflow, because the shares inside it are
+    still asked for.
     """
     peak = log_rows.new_full((log_rows.shape[0], groups), -torch.inf)
     peak = peak.scatter_reduce(1, group.expand_as(log_rows), log_rows, "amax")
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    total = torch.zeros_like(peak).index_add_(1, group, (log_rows - peak[:, group]).exp())
-    return total.log() + peak
+    return log_rows - peak[:, group], peak

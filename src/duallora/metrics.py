@@ -5,7 +5,8 @@ fraction is formed once, at the end. Tasks are integers from 0 on, in the order 
 and are never keyed or sorted as strings.
 
 Conventions: ``n`` images, ``R`` rows, a row being a (task, class) pair, ``C`` classes seen so far, ``T``
-tasks. ``rows[t][i]`` are the hits on the test images of task ``i`` after task ``t`` was learned, ``i <= t``.
+tasks. ``rows[t][i]`` are the hits on the test images of task ``i`` after task ``t`` was learned, ``i <= t``;
+None where they were not looked at, which is never so for ``i = t`` and in the last row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 if TYPE_CHECKING:
     from duallora.outputs import Outputs
@@ -44,6 +44,10 @@ class Hits:
     given_task: int
     row: int
     task: int
+
+
+Partial = Sequence[Hits | None]
+"""Hits after one task on the test images of every task so far."""
 
 
 def log_rows(outputs: Outputs, readout: str) -> Tensor:
@@ -119,6 +123,9 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float | None:
     """
     if len(confidence) == 0 or not bool(torch.isfinite(confidence).all()):
         return None
+    # Here, because importing it takes seconds that a prediction does not need.
+    from torchmetrics.functional.classification import binary_calibration_error
+
     # torchmetrics gives a probability of exactly 1 a sixteenth bin of its own, and takes values beyond 1
     # (rounding) for logits: both are avoided by staying just below 1.
     confidence = confidence.double().clamp(0.0, 1.0 - torch.finfo(torch.float64).eps)
@@ -135,8 +142,8 @@ def feature_drift(now: Tensor, then: Tensor) -> float:
     return float(((now.double() - reference).norm(dim=1) / norms).mean())
 
 
-def accuracy_matrix(rows: Sequence[Sequence[Hits]], kind: str = "label") -> Matrix:
-    """T x T matrix, row = after task t, column = task i; None where task i was not yet seen.
+def accuracy_matrix(rows: Sequence[Partial], kind: str = "label") -> Matrix:
+    """T x T matrix, row = after task t, column = task i; None where task i was not yet seen or not looked at.
 
     Args:
         rows: ``rows[t]`` holds t + 1 entries.
@@ -147,47 +154,47 @@ def accuracy_matrix(rows: Sequence[Sequence[Hits]], kind: str = "label") -> Matr
     """
     _check(rows)
     tasks = len(rows)
-    return [[_share(hits, kind) for hits in row] + [None] * (tasks - len(row)) for row in rows]
+    shares = [[None if hits is None else _share(hits, kind) for hits in row] for row in rows]
+    return [row + [None] * (tasks - len(row)) for row in shares]
 
 
-def accuracy(row: Sequence[Hits], kind: str = "label") -> float:
+def accuracy(row: Partial, kind: str = "label") -> float:
     """Hits over images, all tasks of a row together: every image counts the same."""
-    return sum(_count(hits, kind) for hits in row) / sum(hits.images for hits in row)
+    whole = _whole(row)
+    return sum(_count(hits, kind) for hits in whole) / sum(hits.images for hits in whole)
 
 
-def task_mean_accuracy(row: Sequence[Hits], kind: str = "label") -> float:
+def task_mean_accuracy(row: Partial, kind: str = "label") -> float:
     """Mean over tasks of the accuracy of each: every task counts the same."""
-    return sum(_share(hits, kind) for hits in row) / len(row)
+    return sum(_share(hits, kind) for hits in _whole(row)) / len(row)
 
 
-def incremental_accuracy(rows: Sequence[Sequence[Hits]], kind: str = "label") -> list[float]:
-    """Accuracy over all test images seen so far, after every task: T values."""
-    return [accuracy(row, kind) for row in rows]
+def incremental_accuracy(rows: Sequence[Partial], kind: str = "label") -> list[float | None]:
+    """Accuracy over all test images seen so far, after every task: T values, None where not all were."""
+    return [None if None in row else accuracy(row, kind) for row in rows]
 
 
-def forgetting(rows: Sequence[Sequence[Hits]], kind: str = "label") -> float:
+def forgetting(rows: Sequence[Partial], kind: str = "label") -> float:
     """Mean over earlier tasks of (best accuracy after any task) - (final accuracy); 0 with a single task."""
     _check(rows)
-    last = len(rows) - 1
-    drops = [
-        (max(_count(rows[t][i], kind) for t in range(i, last + 1)) - _count(rows[last][i], kind))
-        / rows[last][i].images
-        for i in range(last)
-    ]
+    final = _whole(rows[-1])
+    drops = []
+    for i, end in enumerate(final[:-1]):
+        known = [hits for row in rows[i:] if (hits := row[i]) is not None]
+        drops.append((max(_count(hits, kind) for hits in known) - _count(end, kind)) / end.images)
     return sum(drops) / len(drops) if drops else 0.0
 
 
-def backward_transfer(rows: Sequence[Sequence[Hits]], kind: str = "label") -> float:
+def backward_transfer(rows: Sequence[Partial], kind: str = "label") -> float:
     """Mean over earlier tasks of (final accuracy) - (accuracy right after the task); 0 with a single task."""
     _check(rows)
-    last = len(rows) - 1
-    gains = [
-        (_count(rows[last][i], kind) - _count(rows[i][i], kind)) / rows[last][i].images for i in range(last)
-    ]
+    own = _whole([row[-1] for row in rows])
+    pairs = list(zip(own, _whole(rows[-1]), strict=True))[:-1]
+    gains = [(_count(end, kind) - _count(then, kind)) / end.images for then, end in pairs]
     return sum(gains) / len(gains) if gains else 0.0
 
 
-def summary(rows: Sequence[Sequence[Hits]], error: float | None) -> dict[str, Any]:
+def summary(rows: Sequence[Partial], error: float | None) -> dict[str, Any]:
     """All figures of one readout, named as in ``results.json``.
 
     Args:
@@ -195,14 +202,15 @@ def summary(rows: Sequence[Sequence[Hits]], error: float | None) -> dict[str, An
         error: The calibration error over all test images after the last task.
     """
     curve = incremental_accuracy(rows)
+    known = [share for share in curve if share is not None]
     return {
         "accuracy_matrix": accuracy_matrix(rows),
         "oracle_accuracy_matrix": accuracy_matrix(rows, "given_task"),
         "incremental_accuracy": curve,
-        "final_accuracy": curve[-1],
+        "final_accuracy": accuracy(rows[-1]),
         "final_row_accuracy": accuracy(rows[-1], "row"),
         "final_accuracy_task_mean": task_mean_accuracy(rows[-1]),
-        "average_incremental_accuracy": sum(curve) / len(curve),
+        "average_incremental_accuracy": sum(known) / len(known),
         "forgetting": forgetting(rows),
         "forgetting_given_task": forgetting(rows, "given_task"),
         "backward_transfer": backward_transfer(rows),
@@ -219,14 +227,27 @@ def _share(hits: Hits, kind: str) -> float:
     return _count(hits, kind) / hits.images
 
 
-def _check(rows: Sequence[Sequence[Hits]]) -> None:
+def _whole(row: Partial) -> list[Hits]:
+    """The hits of a row in which nothing is missing."""
+    found = [hits for hits in row if hits is not None]
+    if len(found) < len(row):
+        raise ValueError("not all test images were looked at")
+    return found
+
+
+def _check(rows: Sequence[Partial]) -> None:
     if not rows:
         raise ValueError("no evaluated task")
     for t, row in enumerate(rows):
         if len(row) != t + 1:
             raise ValueError(f"after task {t} there must be hits on {t + 1} tasks, not {len(row)}")
+        if row[t] is None:
+            raise ValueError(f"the test images of task {t} were not looked at after it")
         for i, hits in enumerate(row):
+            own = rows[i][i]
+            if hits is None or own is None:
+                continue
             if hits.images < 1:
                 raise ValueError(f"task {i} has no test image")
-            if hits.images != rows[i][i].images:
+            if hits.images != own.images:
                 raise ValueError(f"the number of test images of task {i} changed")

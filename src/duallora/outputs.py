@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+from duallora import parallel
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class TaskRecord:
         orthogonal_norm: norm of the task's merged update over that of ``W_0``, mean over adapted layers; None
             without.
         residual_norm: the same for the gated update.
+        held_back_accuracy: share of the task's held-back images that were named rightly among all classes
+            known on that day; None where it was not measured.
+        held_back_images: how many these were.
     """
 
     name: str
@@ -38,6 +43,13 @@ class TaskRecord:
     stored_bytes: int
     orthogonal_norm: float | None
     residual_norm: float | None
+    held_back_accuracy: float | None = None
+    held_back_images: int = 0
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the task has been taken back; what is left is its place in the order."""
+        return not self.classes
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -74,6 +86,18 @@ class Outputs:
     row_task: Tensor
     row_class: Tensor
     readout: str
+
+    def gathered(self) -> Outputs:
+        """The outputs of all processes' images, in the order of the processes."""
+        return replace(
+            self,
+            heads=parallel.gather(self.heads),
+            calibrated=None if self.calibrated is None else parallel.gather(self.calibrated),
+            task_posterior=parallel.gather(self.task_posterior),
+            familiarity=parallel.gather(self.familiarity),
+            gate=None if self.gate is None else parallel.gather(self.gate),
+            features=parallel.gather(self.features),
+        )
 
 
 @dataclass(frozen=True)

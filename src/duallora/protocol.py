@@ -10,26 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from duallora import metrics, report
+from duallora import metrics, parallel, report
 from duallora.backbones import Backbone
+from duallora.compute import Machine
 from duallora.documents import percent
 from duallora.errors import DualLoRAError
 from duallora.features import FrozenFeatures
+from duallora.kept_images import Memory, keeping
 from duallora.learner import ContinualLearner
 from duallora.progress import Progress
 from duallora.results import SCHEMA_VERSION, FinalPass, Row, assemble
 from duallora.run_directory import RunDirectory
-from duallora.streams import Stream, TaskDataset
-
-_CACHE_BYTES = 256 * 2**20
+from duallora.streams import Stream, Task, TaskDataset
 
 
 def run_stream(
@@ -38,10 +37,11 @@ def run_stream(
     out: Path,
     config: dict[str, Any],
     *,
-    device: str = "auto",
+    device: str | Machine = "auto",
     progress: Progress,
     backbone: Backbone | None = None,
     features: FrozenFeatures | None = None,
+    evaluate_every: int = 1,
 ) -> dict[str, Any]:
     """Learns a stream and writes a run's folder; takes up an unfinished run of the same stream and settings.
 
@@ -51,10 +51,13 @@ def run_stream(
         stream: The tasks, in order.
         out: The run's folder.
         config: What was asked for, ready for JSON; a run is resumed only under an equal one.
-        device: Where a resumed learner computes, as in `ContinualLearner`.
+        device: Where a resumed learner computes, as in `ContinualLearner`. Of several processes the first
+            one writes; all have to see the folder.
         progress: Takes one line a task.
         backbone: What a resumed learner stands on; where there is none, it is loaded as the model says.
         features: Features of the bare backbone, for methods that read them; they change no result.
+        evaluate_every: All test images seen so far are looked at after every so many tasks and after the
+            last; in between, only the task's own.
 
     Returns:
         The contents of ``results.json``.
@@ -64,52 +67,40 @@ def run_stream(
     """
     identity = {"version": SCHEMA_VERSION, "stream": _describe(stream), "config": config}
     directory = RunDirectory(Path(out), identity)
-    directory.admit()
-    fresh = None if directory.has_model() else make_learner()
-    with directory.opened():
+    machine, first = Machine.of(device), parallel.rank() == 0
+    with parallel.failing_together():
+        if first:
+            directory.admit()
+    resumed = parallel.agree(directory.has_model())
+    with parallel.failing_together():
+        fresh = None if resumed else make_learner()
+    with ExitStack() as held:
+        with parallel.failing_together():
+            if first:
+                held.enter_context(directory.opened())
         finished = directory.results()
+        parallel.wait()
         if finished is not None:  # interrupted between the results and the removal of the progress files
-            directory.clean()
+            if first:
+                directory.clean()
             return finished
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        learner, rows = _start(fresh, backbone, directory, stream, device, progress)
+        learner, rows = _start(fresh, backbone, directory, stream, machine, progress)
         if features is not None:
             learner.method.cache = features
-        tests = _cached_tests(stream)
-        _learn(learner, stream, tests, rows, directory, progress)
+        memory = Memory(machine.image_bytes // 2)  # the other half is for the task at hand
+        tests = [keeping(t.test, memory, machine.workers, parallel.share(len(t.test))) for t in stream]
+        _learn(learner, stream, tests, rows, directory, progress, machine, evaluate_every)
         final = _final_pass(learner, tests, directory, progress)
         rows.append(final.row)
-        _tell(stream, rows, directory, progress)
-        results = assemble(learner, stream, config, rows, final)
-        _write_report(results, learner, tests, final, directory, progress)
-        return directory.finish(results)
-
-
-class CachedImages(Dataset[tuple[Any, int]]):
-    """A data set that keeps images in memory after their first use, up to a number of bytes.
-
-    Args:
-        dataset: Test images of a task, which are read again after every later task.
-        limit: Bytes of decoded images to keep; what does not fit is decoded again.
-    """
-
-    def __init__(self, dataset: TaskDataset, limit: int) -> None:
-        self._dataset, self._free = dataset, limit
-        self._kept: dict[int, tuple[Any, int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        if index in self._kept:
-            return self._kept[index]
-        sample = self._dataset[index]
-        size = _bytes(sample[0])
-        if size <= self._free:
-            self._free -= size
-            self._kept[index] = sample
-        return sample
+        with parallel.failing_together():
+            if first:
+                _tell(stream, rows, directory, progress)
+                results = assemble(learner, stream, config, rows, final, machine.precision)
+                _write_report(results, learner, tests, final, directory, progress)
+                directory.finish(results)
+        return directory.results() or {}
 
 
 def _start(
@@ -117,17 +108,20 @@ def _start(
     backbone: Backbone | None,
     directory: RunDirectory,
     stream: Stream,
-    device: str,
+    machine: Machine,
     progress: Progress,
 ) -> tuple[ContinualLearner, list[Row]]:
     """A new learner, or the one of the interrupted run with the evaluations it had."""
-    if fresh is not None and not directory.has_model():
-        directory.log("start", stream=stream.name, tasks=len(stream))
+    first = parallel.rank() == 0
+    if fresh is not None and not parallel.agree(directory.has_model()):
+        if first:
+            directory.log("start", stream=stream.name, tasks=len(stream))
         return fresh, []
     # Another process may have begun this run, and ended, since `fresh` took the backbone.
     free = None if fresh is not None else backbone
-    learner = ContinualLearner.load(directory.model, device=device, progress=progress, backbone=free)
+    learner = ContinualLearner.load(directory.model, device=machine, progress=progress, backbone=free)
     learned, rows = len(learner.tasks), directory.rows()
+    parallel.wait()  # nothing is written before all have read
     if learned > len(stream) or any(
         record.name != task.name or set(record.classes) != set(task.train.classes)
         for record, task in zip(learner.tasks, stream, strict=False)
@@ -138,7 +132,8 @@ def _start(
             f"{directory.path} has lost the evaluation after task {len(rows) + 1}, which cannot be repeated: "
             "name another folder."
         )
-    directory.log("resume", tasks_learned=learned)
+    if first:
+        directory.log("resume", tasks_learned=learned)
     progress.line(f"resuming after task {learned} of {len(stream)}")
     return learner, rows[:learned]  # there are more rows than tasks after an undo of the model
 
@@ -150,27 +145,55 @@ def _learn(
     rows: list[Row],
     directory: RunDirectory,
     progress: Progress,
+    machine: Machine,
+    evaluate_every: int,
 ) -> None:
     """Learns what is left of the stream and appends the missing rows, but for the last."""
+    first = parallel.rank() == 0
     for t, task in enumerate(stream):
         if t >= len(learner.tasks):
-            learner.learn(task.train, name=task.name)
-            learner.save(directory.model)
+            _learn_task(learner, task, machine)
+            with parallel.failing_together():
+                if first:
+                    learner.save(directory.model)
         if len(rows) == t < len(stream) - 1:
-            row, features = _evaluate(learner, tests[: t + 1], progress)
+            skipped = t if (t + 1) % evaluate_every else 0
+            row, features = _evaluate(learner, tests[: t + 1], skipped, progress)
             rows.append(row)
-            directory.finish_task(rows, features)
-            _tell(stream, rows, directory, progress)
+            with parallel.failing_together():
+                if first:
+                    directory.finish_task(rows, features)
+                    _tell(stream, rows, directory, progress)
 
 
-def _evaluate(learner: ContinualLearner, tests: list[TaskDataset], progress: Progress) -> tuple[Row, Tensor]:
-    """Hits on the test sets of all tasks so far, and the final features of the latest one's images."""
+def _learn_task(learner: ContinualLearner, task: Task, machine: Machine) -> None:
+    """Learns a task; its decoded images are gone at the end, before there are those of the next."""
+    memory = Memory(machine.image_bytes // 2)
+    images = keeping(task.train, memory, machine.workers, parallel.own_first(len(task.train)))
+    learner.learn(images, name=task.name)
+
+
+def _evaluate(
+    learner: ContinualLearner, tests: list[TaskDataset], skipped: int, progress: Progress
+) -> tuple[Row, Tensor]:
+    """Hits on the test sets of the tasks so far, and the final features of the latest one's images.
+
+    Args:
+        learner: After the latest task.
+        tests: Of all tasks so far.
+        skipped: So many of the first ones are not looked at.
+        progress: Where to report.
+    """
     row: Row = {}
     for task, test in progress.track(enumerate(tests), len(tests), "evaluating"):
+        if task < skipped:
+            continue
         outputs = learner.outputs(test)
         labels = _labels(learner, test)
         for name in metrics.readouts_of(outputs):
             row.setdefault(name, []).append(metrics.count_hits(outputs, name, labels, task))
+    for hits in row.values():
+        hits[:0] = [None] * skipped
     return row, outputs.features
 
 
@@ -187,6 +210,9 @@ def _final_pass(
 
 def _tell(stream: Stream, rows: list[Row], directory: RunDirectory, progress: Progress) -> None:
     task = len(rows) - 1
+    if any(None in hits for hits in rows[-1].values()):
+        directory.log("learned", task=task, name=stream.tasks[task].name)
+        return
     shares = {name: metrics.accuracy(hits) for name, hits in rows[-1].items()}
     directory.log("evaluated", task=task, name=stream.tasks[task].name, accuracy=shares)
     figures = ", ".join(f"{percent(share)} % ({name})" for name, share in shares.items())
@@ -220,25 +246,6 @@ def _labels(learner: ContinualLearner, test: TaskDataset) -> Tensor:
     index = {name: i for i, name in enumerate(learner.classes)}
     own = torch.tensor([index[name] for name in test.classes])
     return own[torch.tensor(test.targets)]
-
-
-def _cached_tests(stream: Stream) -> list[TaskDataset]:
-    return [
-        TaskDataset(
-            CachedImages(task.test, _CACHE_BYTES // len(stream)),
-            range(len(task.test)),
-            classes=task.test.classes,
-            targets=task.test.targets,
-            identifiers=task.test.identifiers,
-        )
-        for task in stream
-    ]
-
-
-def _bytes(image: Any) -> int:
-    if isinstance(image, Image.Image):
-        return image.width * image.height * len(image.getbands())
-    return int(image.numel() * image.element_size())
 
 
 def _describe(stream: Stream) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,36 +30,45 @@ class EnergyMemory:
         self.means: list[float] = []
         self.losses: dict[int, Tensor] = {}
         self._blocks: list[Tensor] = []
-
-    @property
-    def kappa(self) -> float:
-        """Temperature of the posterior: smallest loss summed over tasks, the largest among equals."""
-        return best_kappa(ENERGY_KAPPAS, self.losses)
+        # Temperature of the posterior: smallest loss summed over tasks, the largest among equals.
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
 
     def replace(self, task: int, block: Tensor, f0: Tensor) -> None:
         """Sets the basis of ``task`` (d x m) and its mean energy on the task's own features f0 (n, d)."""
         self._blocks = [*self._blocks[:task], block.float().to(self.device)]
-        self.means = [*self.means[:task], 1.0]
-        self.means[task] = max(float(self._shares(f0)[:, task].mean()), 1e-12)
+        self.means = [*self.means[:task], max(float(self._shares(f0)[:, task].mean()), 1e-12)]
+        self._refresh()
 
     def fit(self, task: int, f0: Tensor) -> None:
         """Stores the loss of every kappa on the task's images (n, d) against the bases that exist now."""
         log_energy = self._log_energy(f0).cpu().double()
         if not bool(torch.isfinite(log_energy[:, task]).all()):
             self.losses.pop(task, None)  # an empty basis has no posterior, whatever the pass before found
-            return
-        self.losses[task] = torch.stack(
-            [-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()]
-        )
+        else:
+            self.losses[task] = torch.stack(
+                [-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()]
+            )
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+
+    def forget(self, task: int) -> None:
+        """Loses losses and mean of ``task``: against an infinite mean no image has energy in its basis.
+
+        The basis itself is a part of ``Phi``, which stays; here it counts as empty.
+        """
+        self.losses.pop(task, None)
+        self.means[task] = float("inf")
+        self._blocks[task] = self._blocks[task][:, :0]
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+        self._refresh()
 
     def energies(self, f: Tensor) -> Tensor:
         """Relative energies ``e`` (n, T); 0 for a task without a basis."""
-        return self._shares(f) / torch.tensor(self.means, device=f.device)
+        return self._shares(f) / self._means
 
     def log_posterior(self, f: Tensor) -> Tensor:
         """``log_softmax(kappa log e)`` over tasks (n, T); a task without a basis gets ``-inf``."""
         log_energy = self._log_energy(f)
-        if bool(torch.isinf(log_energy).all()):
+        if not any(block.shape[1] for block in self._blocks):
             return torch.zeros_like(log_energy).log_softmax(1)
         return (self.kappa * log_energy).log_softmax(1)
 
@@ -73,7 +82,14 @@ class EnergyMemory:
         """Restores what :meth:`state` gave; the subspace is restored before."""
         self.means = tensors["means"].tolist()
         self.losses = {int(n.split(".")[1]): x.cpu() for n, x in tensors.items() if n.startswith("fit.")}
-        self._blocks = [self.subspace.block(task).float().to(self.device) for task in range(len(self.means))]
+        blocks = [self.subspace.block(task).float().to(self.device) for task in range(len(self.means))]
+        self._blocks = [b if m < float("inf") else b[:, :0] for b, m in zip(blocks, self.means, strict=True)]
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._means = torch.tensor(self.means, device=self.device)
+        self._empty = torch.tensor([block.shape[1] == 0 for block in self._blocks], device=self.device)
 
     def _shares(self, f: Tensor) -> Tensor:
         f = f[:, : len(self.subspace.phi)].float()  # the class token's part: only that lies in these bases
@@ -81,8 +97,7 @@ class EnergyMemory:
         return torch.stack([(f @ block).square().sum(1) / norm for block in self._blocks], 1)
 
     def _log_energy(self, f: Tensor) -> Tensor:
-        empty = torch.tensor([block.shape[1] == 0 for block in self._blocks], device=f.device)
-        return self.energies(f).clamp(min=1e-20).log().masked_fill(empty, -torch.inf)
+        return self.energies(f).clamp(min=1e-20).log().masked_fill(self._empty, -torch.inf)
 
 
 class GatePoint:
@@ -109,6 +124,12 @@ class GatePoint:
             self.energy.replace(task, block, self.f0)
             self.energy.fit(task, self.f0)
 
+    def forget(self, task: int, kept: Tensor) -> None:
+        """Loses rows of ``task``, and its energy with the last of them; ``kept`` (|Y_t|,) says which stay."""
+        self.rows.forget(task, kept)
+        if self.energy is not None and not bool(kept.any()):
+            self.energy.forget(task)
+
     def weights(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32, without gradient; 1 for a single task.
 
@@ -121,13 +142,20 @@ class GatePoint:
             if tasks == 1:
                 return torch.ones(f.shape[0], 1, device=f.device)
             if self.energy is None:
-                weights = self.rows.by_task(self.rows.log_q(f, own)).exp()
+                weights = self.rows.task_weights(f, own)
             else:
                 weights = self.energy.energies(f).clamp(max=1.0)
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
                 weights = torch.zeros_like(weights).scatter(1, which, value)
             return weights
+
+    def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
+        """Random rows and even energies of tasks with so many classes; the subspace is there already."""
+        self.rows.simulate(classes, generator)
+        if self.energy is not None:
+            even = {f"fit.{t}": torch.zeros_like(ENERGY_KAPPAS) for t in range(len(classes))}
+            self.energy.load_state({"means": torch.ones(len(classes), dtype=torch.float64)} | even)
 
     def state(self) -> dict[str, Tensor]:
         """Rows and, where used, energies."""

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 PLOT_HINT = "accuracy.png was not drawn: install matplotlib with pip install 'duallora[report]'"
 
+_MOST_TASKS = 20  # with more, the accuracies by task are in results.json, and the report has their means
 _NAMED_COLUMNS = 6  # wider tables number their columns, so that ten tasks fit 80 characters
+
+_CURVE_HEADER = ("after", "all seen", "given the task, mean over tasks")
 
 _FIGURES = (
     ("final_accuracy", "Final accuracy, all seen test images"),
@@ -40,6 +43,12 @@ _FIGURES = (
 def accuracy_table(results: dict[str, Any]) -> Table:
     """The accuracy matrix for a terminal: row = after a task, column = test images of a task, in percent."""
     table = Table(title=f"Accuracy in percent ({results['readout']})", title_justify="left")
+    if len(results["tasks"]) > _MOST_TASKS:
+        for head in _CURVE_HEADER:
+            table.add_column(head, justify="left" if head == _CURVE_HEADER[0] else "right")
+        for cells in _curve(results):
+            table.add_row(*map(escape, cells))
+        return table
     names = [task["name"] for task in results["tasks"]]
     table.add_column("after")
     for number, name in enumerate(names, start=1):
@@ -48,7 +57,8 @@ def accuracy_table(results: dict[str, Any]) -> Table:
     table.add_column("all seen", justify="right", style="bold")
     seen = results["readouts"][results["readout"]]["incremental_accuracy"]
     for name, row, total in zip(names, results["accuracy_matrix"], seen, strict=True):
-        table.add_row(escape(name), *("" if cell is None else percent(cell) for cell in row), percent(total))
+        shares = ("" if cell is None else percent(cell) for cell in (*row, total))
+        table.add_row(escape(name), *shares)
     return table
 
 
@@ -61,6 +71,18 @@ def markdown(results: dict[str, Any], *, plot: bool) -> str:
     """
     stream, backbone = results["stream"], results["backbone"]
     names = [task["name"] for task in results["tasks"]]
+    by_task = [
+        f"Row: after learning that task. Column: test images of the task. Readout: {results['readout']}.",
+        _matrix(names, results["accuracy_matrix"]),
+        "## The same, given the true task",
+        "Probabilities restricted to the classes of the true task; the network itself is not told the task.",
+        _matrix(names, results["oracle_accuracy_matrix"]),
+    ]
+    over_tasks = [
+        f"All test images seen so far. Readout: {results['readout']}; the accuracies by task are in "
+        "`results.json`. Given the task: probabilities restricted to the classes of the true task.",
+        markdown_table(list(_CURVE_HEADER), _curve(results)),
+    ]
     picture = "![Accuracy after every task](accuracy.png)" if plot else PLOT_HINT + "."
     parts = [
         f"# Run on {escape_cell(stream['name'])}",
@@ -71,11 +93,7 @@ def markdown(results: dict[str, Any], *, plot: bool) -> str:
         _figures(results),
         picture,
         "## Accuracy after every task",
-        f"Row: after learning that task. Column: test images of the task. Readout: {results['readout']}.",
-        _matrix(names, results["accuracy_matrix"]),
-        "## The same, given the true task",
-        "Probabilities restricted to the classes of the true task; the network itself is not told the task.",
-        _matrix(names, results["oracle_accuracy_matrix"]),
+        *(over_tasks if len(names) > _MOST_TASKS else by_task),
         "## Tasks",
         _tasks(results),
         "Norms: of the task's update, divided by that of the frozen weights, mean over adapted layers. Own "
@@ -131,31 +149,56 @@ def _draw_matrix(axes: Axes, results: dict[str, Any]) -> None:
     matrix = [[float("nan") if cell is None else cell for cell in row] for row in results["accuracy_matrix"]]
     tasks = range(len(matrix))
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    for t in tasks:
-        for i in range(t + 1):
-            dark = matrix[t][i] < 0.6
-            axes.text(i, t, f"{100 * matrix[t][i]:.0f}", ha="center", va="center", color="w" if dark else "k")
-    labels = [str(t + 1) for t in tasks]
-    axes.set_xticks(list(tasks), labels)
-    axes.set_yticks(list(tasks), labels)
+    known = [(t, i) for t in tasks for i in range(t + 1) if results["accuracy_matrix"][t][i] is not None]
+    for t, i in known if len(matrix) <= _MOST_TASKS else []:
+        dark = matrix[t][i] < 0.6
+        axes.text(i, t, f"{100 * matrix[t][i]:.0f}", ha="center", va="center", color="w" if dark else "k")
+    shown = list(tasks)[:: max(1, len(matrix) // _MOST_TASKS)]
+    labels = [str(t + 1) for t in shown]
+    axes.set_xticks(shown, labels)
+    axes.set_yticks(shown, labels)
     axes.set(xlabel="test images of task", ylabel="after task", title=f"accuracy ({results['readout']})")
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
 
 
 def _draw_curves(axes: Axes, results: dict[str, Any]) -> None:
-    steps = range(1, len(results["tasks"]) + 1)
+    seen = results["readouts"][results["readout"]]["incremental_accuracy"]
+    places = [t for t, share in enumerate(seen) if share is not None]
+    steps = [t + 1 for t in places]
     for name, figures in results["readouts"].items():
         if figures is not None:
             own = name == results["readout"]
-            curve = figures["incremental_accuracy"]
+            curve = [figures["incremental_accuracy"][t] for t in places]
             axes.plot(steps, curve, marker="o", lw=2.5 if own else 1.2, label=f"all seen classes, {name}")
-    oracle = [[c for c in row if c is not None] for row in results["oracle_accuracy_matrix"]]
-    means = [sum(row) / len(row) for row in oracle]
-    axes.plot(steps, means, marker="s", ls="--", color="0.4", label="given the true task, mean over tasks")
-    axes.set_xticks(list(steps))
+    axes.plot(
+        steps,
+        [_given_task(results, t) for t in places],
+        marker="s",
+        ls="--",
+        color="0.4",
+        label="given the true task, mean over tasks",
+    )
+    if len(steps) <= _MOST_TASKS:
+        axes.set_xticks(steps)
     axes.set(xlabel="tasks learned", ylabel="accuracy", ylim=(0, 1.02), title="accuracy over seen tasks")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
+
+
+def _given_task(results: dict[str, Any], task: int) -> float:
+    """Accuracy given the true task after a task, mean over the tasks so far."""
+    row = [share for share in results["oracle_accuracy_matrix"][task] if share is not None]
+    return float(sum(row) / len(row))
+
+
+def _curve(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each time that all test images seen so far were looked at."""
+    seen = results["readouts"][results["readout"]]["incremental_accuracy"]
+    return [
+        [task["name"], percent(share), percent(_given_task(results, t))]
+        for t, (task, share) in enumerate(zip(results["tasks"], seen, strict=True))
+        if share is not None
+    ]
 
 
 def _figures(results: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duallora import metrics
+from duallora import metrics, parallel
 from duallora.metrics import READOUTS, Hits
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ MEASURED = frozenset(
 )
 """Keys whose values differ from run to run; all others are equal for the same seed on the same machine."""
 
-Row = dict[str, list[Hits]]
-"""Evaluation after one task: readout -> hits on the test images of every task seen so far."""
+Row = dict[str, list[Hits | None]]
+"""Evaluation after one task: readout -> hits on the test images of every task seen so far, None where not."""
 
 _SPEED_IMAGES, _SPEED_REPEATS, _SPEED_SECONDS = 256, 5, 30.0
 _PACKAGES = ("duallora", "torch", "torchvision", "timm", "lightning-fabric", "torchmetrics", "scikit-learn")
@@ -86,6 +86,7 @@ def assemble(
     config: dict[str, Any],
     rows: Sequence[Row],
     final: FinalPass,
+    precision: str,
 ) -> dict[str, Any]:
     """The contents of ``results.json``.
 
@@ -95,6 +96,7 @@ def assemble(
         config: What was asked for.
         rows: Evaluations after every task, the final one included.
         final: The evaluation after the last task.
+        precision: Of the backbone's products.
     """
     readouts = {name: _readout(name, rows, final) if name in final.row else None for name in READOUTS}
     info = learner.backbone.info
@@ -125,9 +127,10 @@ def assemble(
             "name": stream.name,
             "class_order": list(stream.class_order),
             "order_seed": stream.order_seed,
+            "order_rule": stream.order_rule,
         },
         "config": config,
-        "environment": environment(learner.device),
+        "environment": environment(learner.device) | {"processes": parallel.size(), "precision": precision},
     }
 
 
@@ -178,7 +181,8 @@ def _readout(name: str, rows: Sequence[Row], final: FinalPass) -> dict[str, Any]
 
 
 def _posterior_accuracy(final: FinalPass) -> float:
-    return sum(final.posterior_hits) / sum(entry.images for entry in final.row[final.readout])
+    images = sum(entry.images for entry in final.row[final.readout] if entry is not None)
+    return sum(final.posterior_hits) / images
 
 
 def _task(record: TaskRecord, test: TaskDataset, own_gate: float | None) -> dict[str, Any]:

@@ -91,7 +91,12 @@ class RunDirectory:
             for row in [] if stored is None else stored["rows"]:
                 if not self._features(len(rows)).exists():
                     break
-                rows.append({readout: [Hits(**hits) for hits in entries] for readout, entries in row.items()})
+                rows.append(
+                    {
+                        readout: [None if hits is None else Hits(**hits) for hits in entries]
+                        for readout, entries in row.items()
+                    }
+                )
         except (KeyError, TypeError, AttributeError) as error:
             raise _damaged(self.path / _PROGRESS) from error
         return rows
@@ -101,7 +106,11 @@ class RunDirectory:
         data = safetensors.torch.save({"features": features.contiguous()})
         write_atomic(self._features(len(rows) - 1), data)
         plain = [
-            {readout: [asdict(hits) for hits in entries] for readout, entries in row.items()} for row in rows
+            {
+                readout: [None if hits is None else asdict(hits) for hits in entries]
+                for readout, entries in row.items()
+            }
+            for row in rows
         ]
         write_atomic(self.path / _PROGRESS, _json({"rows": plain}))
 

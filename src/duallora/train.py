@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,46 +10,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from duallora import parallel
+from duallora.compute import Machine
 from duallora.errors import DualLoRAError
-from duallora.methods import Batch, Method, TaskInfo
+from duallora.methods import Batch, Method, MethodConfig, TaskInfo
 from duallora.progress import Progress
 from duallora.streams import TaskDataset
 from duallora.transforms import Augmentation
 
 EVALUATION_BATCH = 64
-
-
-def make_fabric(device: str) -> Fabric:
-    """Fabric on one device, with bf16 autocast where the device computes in it.
-
-    Args:
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
-
-    Raises:
-        DualLoRAError: if the device is not there.
-    """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there.get(device, False):
-        usable = ", ".join(name for name, found in there.items() if found)
-        raise DualLoRAError(f"device {device!r} is not available on this machine; take auto, {usable}.")
-    # As a plugin, because precision="bf16-mixed" makes Fabric announce it on stderr at every start.
-    plugin = MixedPrecision("bf16-mixed", device) if _computes_in_bf16(device) else Precision()
-    return Fabric(accelerator=device, devices=1, plugins=plugin)
-
-
-def _computes_in_bf16(device: str) -> bool:
-    """Whether the device has instructions for bf16 products; where it would emulate them, fp32 is faster."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+_FEW = 256  # images that are decoded sooner than workers start
 
 
 @dataclass(frozen=True)
@@ -80,27 +54,35 @@ class _Views(Dataset[tuple[Tensor, int, int]]):
 def batches(
     data: TaskDataset,
     view: Callable[[Any, int], Tensor],
-    size: int,
-    device: torch.device,
-    order: Sequence[int] | None = None,
+    machine: Machine,
+    chunks: Sequence[Sequence[int]],
 ) -> Iterator[Batch]:
-    """Batches of a data set on a device, in order or in the given order; the last one may be smaller.
+    """Batches of a data set on a device: the samples at the positions of each chunk.
 
-    Workers decode only beside a GPU: on a CPU they would compete with the model for the same cores. They have
-    no part in any result, because every random draw is keyed by the sample.
+    Workers have no part in any result, because every random draw is keyed by the sample. Data set and view
+    have to be picklable: where processes are not forks, workers get them so.
     """
-    gpu = device.type == "cuda"
+    gpu = machine.device.type == "cuda"
     loader = DataLoader(
         _Views(data, view),
-        batch_size=size,
-        sampler=order,
-        num_workers=min(8, os.cpu_count() or 1) if gpu and len(data) > 256 else 0,
+        batch_sampler=chunks,  # type: ignore[arg-type]  # it is only gone through, and has a length
+        num_workers=machine.workers if sum(map(len, chunks)) > _FEW else 0,
         pin_memory=gpu,
         # A loader draws a seed for its workers, from the global generator unless it has one of its own.
         generator=torch.Generator(),
     )
     for images, labels, indices in loader:
-        yield Batch(*(x.to(device, non_blocking=gpu) for x in (images, labels, indices)))
+        yield Batch(*(x.to(machine.device, non_blocking=gpu) for x in (images, labels, indices)))
+
+
+def unaugmented(evaluation: Callable[[Any], Tensor]) -> Callable[[Any, int], Tensor]:
+    """A view for `batches` that depends on the image alone."""
+    return partial(_evaluated, evaluation)
+
+
+def chunked(positions: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Positions in chunks of a size, the last one may be smaller."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
 def learn_task(
@@ -109,7 +91,7 @@ def learn_task(
     data: TaskDataset,
     augmentation: Augmentation,
     evaluation: Callable[[Any], Tensor],
-    fabric: Fabric,
+    machine: Machine,
     progress: Progress,
 ) -> Timings:
     """Runs the hooks of ``method`` on one task.
@@ -120,23 +102,28 @@ def learn_task(
         data: training images with targets in ``range(len(task.classes))``.
         augmentation: view of a training sample by epoch and index.
         evaluation: view of a sample in the passes without gradients.
-        fabric: device and precision.
+        machine: device, processes and precision.
         progress: where to report.
+
+    Raises:
+        DualLoRAError: fewer images than processes, or a training that diverged.
     """
+    parallel.require_enough(len(data), task.name)
+    own = chunked(parallel.share(len(data)), EVALUATION_BATCH)
 
     def passes(label: str) -> Callable[[], Iterator[Batch]]:
         def one() -> Iterator[Batch]:
-            found = batches(data, lambda image, _: evaluation(image), EVALUATION_BATCH, fabric.device)
-            yield from progress.track(found, math.ceil(len(data) / EVALUATION_BATCH), f"{task.name}: {label}")
+            found = batches(data, unaugmented(evaluation), machine, own)
+            yield from progress.track(found, len(own), f"{task.name}: {label}")
 
         return one
 
-    clock = _Clock(fabric.device)
+    clock = _Clock(machine.device)
     method.prepare(task, passes("looking at the images"))
     prepared = clock.lap()
     trained, groups = 0, method.parameter_groups()
     if groups and len(task.classes) > 1:
-        trained = _train(method, groups, task, data, augmentation, fabric, progress)
+        trained = _train(method, groups, task, data, augmentation, machine, progress)
     elif groups:
         progress.line(
             f"{task.name}: a single class has nothing to tell apart; "
@@ -153,24 +140,26 @@ def _train(
     task: TaskInfo,
     data: TaskDataset,
     augmentation: Augmentation,
-    fabric: Fabric,
+    machine: Machine,
     progress: Progress,
 ) -> int:
-    """Adam with one cosine to zero over all steps; returns the number of trained parameters."""
-    config = method.config
+    """The optimiser's steps on shuffled augmented views; returns the number of trained parameters."""
+    config, fabric = method.config, machine.fabric
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
-    adam = torch.optim.Adam(groups)
-    steps = config.epochs * math.ceil(len(data) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
-    optimizer: Any = fabric.setup_optimizers(adam)
+    parallel.copy_from_first(trained)
+    plain, schedule = make_optimizer(groups, config, config.epochs * math.ceil(len(data) / config.batch_size))
+    optimizer: Any = fabric.setup_optimizers(plain)
     for epoch in range(config.epochs):
-        order = _order(len(data), method.seed, task.index, epoch)
+        wholes = chunked(_order(len(data), method.seed, task.index, epoch), config.batch_size)
+        pieces = [_pieces(whole, machine.compute.accumulate) for whole in wholes]
         view = partial(_augmented, augmentation, epoch)
-        found = batches(data, view, config.batch_size, fabric.device, order)
+        found = batches(data, view, machine, [piece for own in pieces for piece, _ in own])
         label = f"{task.name}: epoch {epoch + 1}/{config.epochs}"
-        for batch in progress.track(found, math.ceil(len(data) / config.batch_size), label):
+        for own in progress.track(pieces, len(pieces), label):
             optimizer.zero_grad()
-            fabric.backward(method.loss(batch))
+            for (_, share), batch in zip(own, found, strict=False):
+                fabric.backward(method.loss(batch) * share)
+            parallel.sum_gradients(trained)
             optimizer.step()
             schedule.step()
             method.after_step()
@@ -181,6 +170,39 @@ def _train(
             )
     optimizer.zero_grad()  # gradients would stay as long as their parameters
     return sum(p.numel() for p in trained)
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], config: MethodConfig, steps: int
+) -> tuple[Optimizer, LRScheduler]:
+    """The optimiser over a task's parameters, and its schedule over all steps."""
+    kinds = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": partial(torch.optim.SGD, momentum=0.9),
+    }
+    optimizer: Optimizer = kinds[config.optimizer](groups, weight_decay=config.weight_decay)  # type: ignore[operator]
+    if config.schedule == "constant":
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def _pieces(batch: Sequence[int], accumulate: int) -> list[tuple[Sequence[int], float]]:
+    """What this process computes of a batch, piece by piece, with each piece's share of the batch.
+
+    The loss is a mean over images, so that shares of it add up to that of the batch. A process for which no
+    image is left computes one of them at no weight: all have to take part in the sum of the gradients.
+    """
+    own = [batch[i] for i in parallel.share(len(batch))]
+    if not own:
+        return [(batch[:1], 0.0)]
+    parts = min(accumulate, len(own))
+    blocks = [parallel.block(len(own), part, parts) for part in range(parts)]
+    return [([own[i] for i in block], len(block) / len(batch)) for block in blocks]
+
+
+def _evaluated(evaluation: Callable[[Any], Tensor], image: Any, _: int) -> Tensor:
+    return evaluation(image)
 
 
 def _augmented(augmentation: Augmentation, epoch: int, image: Any, index: int) -> Tensor:

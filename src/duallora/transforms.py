@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from duallora.errors import DualLoRAError
 from duallora.images import to_pil
@@ -24,11 +24,8 @@ ImageLike = Image.Image | torch.Tensor | str | Path
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels, as Pillow has it."""
 
-POLICIES: tuple[str, ...] = ("crop,flip", "crop", "none")
-"""The augmentation policies."""
-
-CROP_SCALE: tuple[float, float] = (0.6, 1.0)
-"""Smallest and largest share of the image's area that a random crop keeps."""
+CROP_SHARE = 0.6
+"""Smallest share of the image's area that a random crop keeps, where the policy names none."""
 
 CROP_RATIO: tuple[float, float] = (3 / 4, 4 / 3)
 """Smallest and largest ratio of width to height of a random crop."""
@@ -70,7 +67,8 @@ class Augmentation:
 
     Attributes:
         info: the backbone's preprocessing.
-        policy: ``"crop,flip"``, ``"crop"`` or ``"none"`` (exactly the evaluation transform).
+        policy: parts joined by a comma: ``"crop"`` keeps at least `CROP_SHARE` of the image, ``"crop=SHARE"``
+            at least that share, ``"flip"`` mirrors every second one; ``"none"`` is the evaluation transform.
         seed: the run's seed.
         task: the number of the task, from 0.
 
@@ -83,11 +81,13 @@ class Augmentation:
     seed: int = 0
     task: int = 0
     _evaluation: _Evaluation = field(init=False, repr=False, compare=False)
+    _smallest: float | None = field(init=False, repr=False, compare=False)
+    _flip: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            valid = " | ".join(POLICIES)
-            raise DualLoRAError(f"unknown augmentation {self.policy!r}: choose one of {valid}")
+        smallest, flip = _parts(self.policy)
+        object.__setattr__(self, "_smallest", smallest)
+        object.__setattr__(self, "_flip", flip)
         object.__setattr__(self, "_evaluation", _Evaluation(self.info))
 
     def __call__(self, image: ImageLike, epoch: int, index: int) -> torch.Tensor:
@@ -97,9 +97,35 @@ class Augmentation:
         picture = to_pil(image)
         # Seeding with text goes through a hash of it: neighbouring keys give unrelated draws.
         random = Random(f"{self.seed:d}/{self.task:d}/{epoch:d}/{index:d}")
-        box = _random_box(picture.width, picture.height, random)
-        mirror = "flip" in self.policy and random.random() < 0.5
+        box = None
+        if self._smallest is not None:
+            box = _random_box(picture.width, picture.height, self._smallest, random)
+        mirror = self._flip and random.random() < 0.5
+        if box is None:
+            return self._evaluation(ImageOps.mirror(picture) if mirror else picture)
         return self._evaluation.cut(picture, box, mirror=mirror)
+
+
+def _parts(policy: str) -> tuple[float | None, bool]:
+    """The smallest share that a crop keeps (None: no crop), and whether images are mirrored.
+
+    Raises:
+        DualLoRAError: an unknown part, or one that comes twice.
+    """
+    parts = policy.split(",")
+    crops = [part for part in parts if part == "crop" or part.startswith("crop=")]
+    others = [part for part in parts if part not in crops]
+    try:
+        shares = [float(part.removeprefix("crop=")) if part != "crop" else CROP_SHARE for part in crops]
+    except ValueError:
+        shares = [0.0]
+    sound = len(crops) < 2 and all(0 < share <= 1 for share in shares)
+    if policy != "none" and not (sound and others in ([], ["flip"])):
+        raise DualLoRAError(
+            f"unknown augmentation {policy!r}: give crop, crop=SHARE with a share in (0, 1], or flip, or one "
+            "of the first two and flip joined by a comma, or none"
+        )
+    return (shares[0] if shares else None), "flip" in others
 
 
 class _Evaluation:
@@ -165,10 +191,10 @@ def _without_long_ends(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _random_box(width: int, height: int, random: Random) -> Box:
+def _random_box(width: int, height: int, share: float, random: Random) -> Box:
     smallest, largest = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     for _ in range(_CROP_ATTEMPTS):
-        area = width * height * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * random.random())
+        area = width * height * (share + (1.0 - share) * random.random())
         ratio = math.exp(smallest + (largest - smallest) * random.random())
         cut_width, cut_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < cut_width <= width and 0 < cut_height <= height:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.adapters.inject import wrap_attention
+from duallora.adapters.lora import add_columns, adjacent
 from duallora.backbones import Backbone
 
 
@@ -27,6 +28,7 @@ class Beside(nn.Module):
         self.effective: Tensor | None = None
         self.width = base.out_features // 3
         self.columns = [slice(i * self.width, (i + 1) * self.width) for i in map("qkv".index, projections)]
+        self._written = adjacent(self.columns)
 
     @property
     def weight(self) -> Tensor:
@@ -69,9 +71,7 @@ class Beside(nn.Module):
         y = F.linear(x, self.weight, self.base.bias)
         update = self.update(x) if self.effective is None else None
         if update is not None:
-            for part, columns in zip(update.split(self.width, -1), self.columns, strict=True):
-                # In place: y is fresh from the product above and no gradient needs its old value.
-                y[..., columns].add_(part)
+            add_columns(y, update, self._written)
         return y
 
 

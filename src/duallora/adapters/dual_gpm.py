@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from duallora import parallel
 from duallora.adapters.subspace import DESIGNED_SCALE, rank_floor, top_eigenvectors
 
 
@@ -39,9 +40,13 @@ class DualGPM:
 
     def design(self, moment: Tensor, rank: int) -> Tensor:
         """``D_t`` (d x r'): top eigenvectors of ``P S P``, scaled; r' <= r directions have energy at all."""
-        projector = self.complement
-        vectors, _ = top_eigenvectors(projector @ moment @ projector, rank_floor(moment))
-        return vectors[:, : min(rank, self.free)] * DESIGNED_SCALE
+
+        def compute() -> tuple[Tensor]:
+            projector = self.complement
+            vectors, _ = top_eigenvectors(projector @ moment @ projector, rank_floor(moment))
+            return (vectors[:, : min(rank, self.free)] * DESIGNED_SCALE,)
+
+        return parallel.once(compute)[0]
 
     def grow(self, moment: Tensor, share: float) -> None:
         """Marks the fewest further directions as used that lift the captured energy of ``S`` to ``share``.
@@ -49,22 +54,26 @@ class DualGPM:
         Energy is ``|S|_F^2``, the sum of squared eigenvalues: with R = P S, what is captured is
         ``|S|_F^2 - |R|_F^2``; the directions are the left singular vectors of R by falling singular value.
         """
+        basis, retain = parallel.once(lambda: self._grown(moment, share))
+        self.basis, self.retain = basis.contiguous(), bool(retain)
+
+    def _grown(self, moment: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """The new basis, and whether it is that of the complement."""
         residual = self.complement @ moment
         vectors, values, _ = torch.linalg.svd(residual)
         usable = min(self.free, int((values > rank_floor(moment)).sum()))
         vectors, energy = vectors[:, :usable], values[:usable].square()
         total, known = moment.square().sum(), moment.square().sum() - residual.square().sum()
         if known >= share * total:
-            return
+            return self.basis, torch.tensor(self.retain)
         needed = int((known + energy.cumsum(0) < share * total).sum()) + 1
         new = vectors[:, :needed]
         if self.retain:
             left = self.basis - new @ (new.T @ self.basis)
             kept = self.free - new.shape[1]
-            self.basis = torch.linalg.svd(left, full_matrices=False)[0][:, :kept].contiguous()
-            return
+            return torch.linalg.svd(left, full_matrices=False)[0][:, :kept], torch.tensor(True)
         joined = torch.cat([self.basis, new], 1)
         full, _ = torch.linalg.qr(joined, mode="complete")
         used = joined.shape[1]
-        self.retain = 2 * used > len(full)
-        self.basis = (full[:, used:] if self.retain else full[:, :used]).contiguous()
+        retain = 2 * used > len(full)
+        return full[:, used:] if retain else full[:, :used], torch.tensor(retain)

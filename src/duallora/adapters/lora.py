@@ -45,12 +45,14 @@ class DualAdapter(nn.Module):
         self.a: nn.Parameter | None = None  # A_t (d x r): fixed unless the update is projected
         self.b: nn.Parameter | None = None  # B_t (r x out)
         self.factors: list[tuple[Tensor, Tensor]] = []  # merged A_j, B_j
+        self.owners: list[int] = []  # the task of each; -1 where a model saved earlier does not say
         self.dense: Tensor | None = None  # their sum (d x out, fp32), once the factors would be larger
         self.psi: Tensor | None = None  # Psi_t
         self.c: nn.Parameter | None = None  # C_t
         self.current = -1
         self.residuals: list[Residual] = []
-        self._stack: _Stack | None = None
+        self._stack: _Stack | None = None  # of the finished tasks
+        self._open: _Stack | None = None  # the same with Psi_t beside, while a task is trained
 
     def begin(self, task: int, a: Tensor, psi: Tensor, train_a: bool = False) -> None:
         """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); empty ones are left out.
@@ -64,6 +66,7 @@ class DualAdapter(nn.Module):
         if psi.shape[1]:
             self.psi = psi
             self.c = nn.Parameter(psi.new_zeros(psi.shape[1], self.out))
+            self._open = _stack([*self.residuals, Residual(task, psi, self.c.detach())])
 
     def delta_weight(self) -> Tensor | None:
         """Accumulated update ``dW = sum_j A_j B_j`` (d x out, fp32), or None before the first merge."""
@@ -76,35 +79,52 @@ class DualAdapter(nn.Module):
         """Ends the task: ``A_t B_t`` joins ``dW``, ``C_t`` is frozen beside the earlier ones."""
         if self.a is not None and self.b is not None:
             self.factors.append((self.a.detach().clone(), self.b.detach().clone()))
+            self.owners.append(self.current)
             if self.dense is not None or 2 * sum(a.shape[1] for a, _ in self.factors) >= self.dim:
-                self.dense, self.factors = self.delta_weight(), []
+                self.dense, self.factors, self.owners = self.delta_weight(), [], []
         if self.psi is not None and self.c is not None:
             self.residuals.append(Residual(self.current, self.psi, self.c.detach().clone()))
-        self.a = self.b = self.psi = self.c = None
+        self.a = self.b = self.psi = self.c = self._open = None
         self.restack()
 
-    def orthogonal(self, x: Tensor) -> Tensor | None:
-        """The update in training, ``(x A_t) B_t`` (B, N, out)."""
-        return None if self.a is None or self.b is None else (x @ self.a) @ self.b
+    @torch.no_grad()
+    def simulate(self, task: int, a: Tensor, psi: Tensor, generator: torch.Generator) -> None:
+        """A finished task with random ``B`` and ``C`` on these bases, for measurements."""
+        self.begin(task, a, psi)
+        for trained in (self.b, self.c):
+            if trained is not None:
+                trained.copy_(0.02 * torch.randn(trained.shape, generator=generator))
+        self.merge()
 
-    def residual(self, x: Tensor, weights: Tensor, selected: int) -> Tensor | None:
-        """``sum_j w_j (x Psi_j) C_j`` (B, N, out) for ``weights`` (B, T).
+    def forget(self, task: int) -> None:
+        """Loses the residual adapter of ``task``, and its factors where they are not summed up yet."""
+        kept = [i for i, owner in enumerate(self.owners) if owner != task]
+        self.factors, self.owners = [self.factors[i] for i in kept], [self.owners[i] for i in kept]
+        self.residuals = [part for part in self.residuals if part.task != task]
+        self.restack()
+
+    def orthogonal(self, x: Tensor) -> Factors | None:
+        """The update in training, ``(x A_t) B_t`` (B, N, out), its last product not yet made."""
+        return None if self.a is None or self.b is None else (x @ self.a, self.b)
+
+    def residual(self, x: Tensor, weights: Tensor, selected: int) -> Factors | None:
+        """``sum_j w_j (x Psi_j) C_j`` (B, N, out) for ``weights`` (B, T), its last product not yet made.
 
         Args:
             x: (B, N, d).
             weights: per image and task; at most ``selected`` of a row are non-zero.
             selected: number of tasks gathered per image where stacking all of them would cost more.
         """
-        if self.psi is not None and self.c is not None:
-            stack = _stack([*self.residuals, Residual(self.current, self.psi, self.c)])
-        elif self._stack is not None:
-            stack = self._stack
-        else:
+        stack, c = self._stack, None if self._stack is None else self._stack.c
+        if self._open is not None and self.c is not None:
+            # Only C_t moves in training; bases and whose they are were laid out once.
+            stack, c = self._open, self.c if c is None else torch.cat([c, self.c])
+        if stack is None or c is None:
             return None
         if stack.psi.shape[1] > STACKED_LIMIT and len(stack.ranks) > selected:
-            return _gathered(x, weights[:, stack.tasks], stack, selected)
+            return _gathered(x, weights[:, stack.tasks], stack, c, selected)
         scale = weights[:, stack.owner]  # (B, K)
-        return ((x @ stack.psi) * scale.unsqueeze(1)) @ stack.c
+        return (x @ stack.psi) * scale.unsqueeze(1), c
 
     def restack(self) -> None:
         """Lays the frozen residual adapters side by side once, so that inference concatenates nothing."""
@@ -115,6 +135,8 @@ class DualAdapter(nn.Module):
         tensors = {} if self.dense is None else {"dense": self.dense}
         for i, (a, b) in enumerate(self.factors):
             tensors |= {f"orthogonal.{i}.a": a, f"orthogonal.{i}.b": b}
+        if self.owners:
+            tensors["orthogonal.tasks"] = torch.tensor(self.owners)
         for part in self.residuals:
             tensors |= {f"residual.{part.task}.psi": part.psi, f"residual.{part.task}.c": part.c}
         return tensors
@@ -124,6 +146,8 @@ class DualAdapter(nn.Module):
         self.dense = tensors.get("dense")
         count = sum(name.startswith("orthogonal.") and name.endswith(".a") for name in tensors)
         self.factors = [(tensors[f"orthogonal.{i}.a"], tensors[f"orthogonal.{i}.b"]) for i in range(count)]
+        owners = tensors.get("orthogonal.tasks")
+        self.owners = [-1] * count if owners is None else owners.tolist()
         tasks = sorted(
             int(name.split(".")[1])
             for name in tensors
@@ -135,6 +159,10 @@ class DualAdapter(nn.Module):
         self.restack()
 
 
+Factors = tuple[Tensor, Tensor]
+"""An update as a product that is not made yet: (B, N, K) and (K, out) or, for each image, (B, K, out)."""
+
+
 @dataclass
 class _Stack:
     psi: Tensor  # d x K
@@ -142,6 +170,7 @@ class _Stack:
     owner: Tensor  # K: the task of each direction
     tasks: Tensor  # the tasks that have a basis here
     ranks: list[int]
+    bases: Tensor | None  # T x d x r_R: the same as psi by task, where it is gathered from
 
 
 def _stack(parts: Sequence[Residual]) -> _Stack:
@@ -149,26 +178,34 @@ def _stack(parts: Sequence[Residual]) -> _Stack:
     tasks = torch.tensor([part.task for part in parts], device=device)
     ranks = [part.psi.shape[1] for part in parts]
     owner = tasks.repeat_interleave(torch.tensor(ranks, device=device))
-    return _Stack(
-        torch.cat([p.psi for p in parts], 1), torch.cat([p.c for p in parts], 0), owner, tasks, ranks
-    )
+    psi, c = torch.cat([p.psi for p in parts], 1), torch.cat([p.c for p in parts], 0)
+    bases = _bases(psi, ranks) if psi.shape[1] > STACKED_LIMIT else None
+    return _Stack(psi, c, owner, tasks, ranks, bases)
 
 
-def _gathered(x: Tensor, weights: Tensor, stack: _Stack, selected: int) -> Tensor:
+def _bases(psi: Tensor, ranks: list[int]) -> Tensor:
+    """Bases side by side (d x K) -> by task (T x d x r_R)."""
+    rank = max(ranks)  # a smaller basis is padded with zeros, which contribute nothing
+    return torch.stack([F.pad(p, (0, rank - p.shape[1])) for p in psi.split(ranks, 1)])
+
+
+def _by_task(c: Tensor, ranks: list[int]) -> Tensor:
+    """What writes (K x out) -> by task (T x r_R x out)."""
+    rank = max(ranks)
+    if rank == min(ranks):
+        return c.view(len(ranks), rank, -1)
+    return torch.stack([F.pad(p, (0, 0, 0, rank - p.shape[0])) for p in c.split(ranks, 0)])
+
+
+def _gathered(x: Tensor, weights: Tensor, stack: _Stack, c: Tensor, selected: int) -> Factors:
     """The same sum over each image's ``selected`` tasks alone: its cost grows with what is used."""
-    rank = max(stack.ranks)  # a smaller basis is padded with zeros, which contribute nothing
-    psi = torch.stack(
-        [F.pad(p, (0, rank - p.shape[1])) for p in stack.psi.split(stack.ranks, 1)]
-    )  # T x d x r_R
-    c = torch.stack(
-        [F.pad(p, (0, 0, 0, rank - p.shape[0])) for p in stack.c.split(stack.ranks, 0)]
-    )  # T x r_R x out
+    psi = _bases(stack.psi, stack.ranks) if stack.bases is None else stack.bases
+    c = _by_task(c, stack.ranks)
     top, which = weights.topk(selected, 1)  # (B, s)
     batch, dim, out = x.shape[0], x.shape[2], c.shape[2]
     psi = psi[which].permute(0, 2, 1, 3).reshape(batch, dim, -1)  # B x d x (s r_R)
-    c = c[which].reshape(batch, -1, out)
-    scale = top.repeat_interleave(rank, 1)
-    return torch.bmm(torch.bmm(x, psi) * scale.unsqueeze(1), c)
+    c = (c[which] * top[:, :, None, None]).reshape(batch, -1, out)  # smaller than what it is multiplied with
+    return torch.bmm(x, psi), c
 
 
 class AdaptedQKV(nn.Module):
@@ -190,6 +227,7 @@ class AdaptedQKV(nn.Module):
         for name in groups:
             self.groups[name] = DualAdapter(self.dim, len(name) * self.width)
             self.add_module(f"group_{name}", self.groups[name])
+        self._written = {name: adjacent(self.slices(name)) for name in groups}
         self.gate: Gate | None = None
         self.effective: Tensor | None = None  # cast(W_0 + dW), cast once after each merge
 
@@ -230,17 +268,66 @@ class AdaptedQKV(nn.Module):
             adapter.merge()
         self.refresh()
 
+    def forget(self, task: int) -> None:
+        """Loses what ``task`` added, so far as it is still apart, and refreshes the effective weight."""
+        for adapter in self.groups.values():
+            adapter.forget(task)
+        self.refresh()
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, 3 d_out)."""
         weights = None if self.gate is None else self.gate(x)
         y = F.linear(x, self.weight, self.base.bias)
         for name, adapter in self.groups.items():
-            update = adapter.orthogonal(x)
+            found = [adapter.orthogonal(x)]
             if weights is not None:
-                extra = adapter.residual(x, weights, self.selected)
-                update = extra if update is None else update if extra is None else update + extra
-            if update is not None:
-                for part, columns in zip(update.split(self.width, -1), self.slices(name), strict=True):
-                    # In place: y is fresh from the product above and no gradient needs its old value.
-                    y[..., columns].add_(part)
+                found.append(adapter.residual(x, weights, self.selected))
+            for factors in found:
+                if factors is not None:
+                    _add_product(y, *factors, self._written[name])
         return y
+
+
+def _add_product(y: Tensor, h: Tensor, c: Tensor, pieces: Sequence[slice]) -> None:
+    """Adds ``h c`` (B, N, out) to the columns of ``y`` (B, N, 3 d_out) that the pieces name, in order.
+
+    The product goes where it belongs, without a tensor of its own; in place as :func:`add_columns`.
+
+    Args:
+        y: what is added to, contiguous.
+        h: (B, N, K).
+        c: (K, out), or for each image (B, K, out).
+        pieces: columns of y.
+    """
+    h, start = h.to(y.dtype), 0
+    for columns in pieces:
+        width = columns.stop - columns.start
+        part = c[..., start : start + width].to(y.dtype)  # autocast leaves products in place alone
+        if c.dim() == 2:
+            y.view(-1, y.shape[2])[:, columns].addmm_(h.reshape(-1, h.shape[2]), part)
+        else:
+            y[..., columns].baddbmm_(h, part)
+        start += width
+
+
+def adjacent(slices: Sequence[slice]) -> list[slice]:
+    """The same columns in as few pieces as their order allows: k and v are one piece."""
+    joined: list[slice] = []
+    for each in slices:
+        if joined and joined[-1].stop == each.start:
+            joined[-1] = slice(joined[-1].start, each.stop)
+        else:
+            joined.append(each)
+    return joined
+
+
+def add_columns(y: Tensor, update: Tensor, pieces: Sequence[slice]) -> None:
+    """Adds an update (B, N, out) to the columns of ``y`` (B, N, 3 d_out) that the pieces name, in order.
+
+    In place: y is fresh from a product and no gradient needs its old value.
+    """
+    start = 0
+    for columns in pieces:
+        width = columns.stop - columns.start
+        y[..., columns].add_(update[..., start : start + width])
+        start += width

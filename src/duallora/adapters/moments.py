@@ -6,13 +6,21 @@ of rows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from duallora import parallel
 from duallora.adapters.lora import AdaptedQKV
+from duallora.errors import DualLoRAError
+
+if TYPE_CHECKING:
+    from duallora.backbones import Backbone
 
 
 class Moment:
@@ -23,18 +31,31 @@ class Moment:
     """
 
     def __init__(self, dim: int) -> None:
-        self.total = torch.zeros(dim, dim, dtype=torch.float64)
-        self.rows = 0
+        self.dim, self.rows = dim, 0
+        self._sum: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Adds rows of shape (..., d)."""
         flat = rows.reshape(-1, rows.shape[-1]).float()
-        self.total += (flat.T @ flat).cpu().double()  # not every device has fp64
+        product = flat.T @ flat
+        # It stays where it is computed if there is fp64: copies would make a GPU wait for every batch.
+        product = (product.cpu() if product.device.type == "mps" else product).double()
+        self._sum = product if self._sum is None else self._sum.add_(product)
         self.rows += flat.shape[0]
+
+    def join(self) -> None:
+        """Adds up what the processes have summed over their shares of the images."""
+        self._sum = parallel.total(self.total)
+        self.rows = int(parallel.total(torch.tensor([self.rows])))
+
+    @property
+    def total(self) -> Tensor:
+        """``sum(x^T x)`` (d, d), fp64, on the CPU."""
+        return torch.zeros(self.dim, self.dim, dtype=torch.float64) if self._sum is None else self._sum.cpu()
 
     @property
     def value(self) -> Tensor:
-        """The moment (d, d), fp64."""
+        """The moment (d, d), fp64, on the CPU."""
         return self.total / max(self.rows, 1)
 
 
@@ -80,6 +101,32 @@ class TokenReader:
         return pooled.reshape(-1, dim)
 
 
+def check_moments(backbone: Backbone, kind: str) -> None:
+    """Refuses moments that cannot be read off the projections of a backbone.
+
+    Raises:
+        DualLoRAError: ``"class_token"`` where an attention weighs tokens by more than its queries and keys.
+    """
+    attentions = {layer: backbone.attention(layer) for layer in range(backbone.depth)}
+    _check_attentions(attentions, kind, backbone.info.name)
+
+
+def _check_attentions(attentions: Mapping[int, nn.Module], kind: str, name: str) -> None:
+    foreign = [type(a).__name__ for a in attentions.values() if type(a) is not Attention]
+    if kind == "class_token" and foreign:
+        raise DualLoRAError(
+            f"{name} weighs tokens by their places too (attention {foreign[0]} of timm), so that class-token "
+            "moments cannot be read off its projections; take --method.moments tokens."
+        )
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Inside, compiled models run as they are written: what was compiled does not notice new hooks."""
+    # Nothing can have been compiled before this module is there, and importing it takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 @contextmanager
 def gather_moments(
     adapted: Mapping[int, AdaptedQKV], attentions: Mapping[int, nn.Module], reader: TokenReader, kind: str
@@ -96,7 +143,11 @@ def gather_moments(
 
     Yields:
         Moments by (layer, group); complete once the context is left.
+
+    Raises:
+        DualLoRAError: ``"class_token"`` where :func:`check_moments` refuses it.
     """
+    _check_attentions(attentions, kind, "the backbone")
     moments = {(layer, group): Moment(m.dim) for layer, m in adapted.items() for group in m.groups}
 
     def hook(layer: int) -> object:
@@ -118,7 +169,10 @@ def gather_moments(
 
     handles = [hook(layer) for layer in adapted]
     try:
-        yield moments
+        with _uncompiled():
+            yield moments
     finally:
         for handle in handles:
             handle.remove()  # type: ignore[attr-defined]
+    for moment in moments.values():
+        moment.join()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from duallora.adapters.inject import wrap_attention
 from duallora.backbones import Backbone
+from duallora.errors import DualLoRAError
 
 Prefix = tuple[Tensor, Tensor]  # keys and values (B, L, d), already in the space of projected tokens
 
@@ -55,7 +56,12 @@ class PrefixQKV(nn.Module):
 
 
 def put_prefixes(backbone: Backbone, layers: Sequence[int]) -> dict[int, PrefixQKV]:
-    """Makes the attention of each layer ready for prefixes; returns the wrapped projections by layer."""
+    """Makes the attention of each layer ready for prefixes; returns the wrapped projections by layer.
+
+    Raises:
+        DualLoRAError: the backbone's attention knows the places of its own tokens only.
+    """
+    _check_places(backbone)
     wrappers = wrap_attention(backbone, layers, PrefixQKV)
     for layer, wrapper in wrappers.items():
         backbone.attention(layer).register_forward_pre_hook(wrapper.lengthen)
@@ -80,9 +86,13 @@ class ExtraTokens:
 
     Args:
         backbone: its first and last block are hooked.
+
+    Raises:
+        DualLoRAError: the backbone's attention knows the places of its own tokens only.
     """
 
     def __init__(self, backbone: Backbone) -> None:
+        _check_places(backbone)
         self.backbone = backbone
         self._given: Tensor | None = None
         self._outputs: list[Tensor] = []
@@ -129,6 +139,15 @@ class ExtraTokens:
         """After the last block the backbone normalises the tokens of an early layer again, to read them."""
         x, *rest = args
         return (x[:, : -self._outputs[-1].shape[1]], *rest) if self._outputs else args
+
+
+def _check_places(backbone: Backbone) -> None:
+    if backbone.positions != "absolute":
+        raise DualLoRAError(
+            f"the backbone {backbone.info.name} has {backbone.positions} positions, among which prompts have "
+            "no place; take a method without prompts, such as lora or duallora, or a backbone such as "
+            "vit_base_patch16_224.augreg_in21k."
+        )
 
 
 def uniform(*shape: int, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from duallora import parallel
+
 RELATIVE_RANK = 1e-6  # an eigenvalue below this share of the largest one of S is round-off, not a direction
 # The expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA.
 DESIGNED_SCALE = 3**-0.5
@@ -49,6 +51,13 @@ def orthonormal(columns: Tensor) -> Tensor:
     return signed
 
 
+def random_basis(dim: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random orthonormal directions (d x m), m at most d; fp64."""
+    drawn = torch.randn(dim, min(columns, dim), generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(drawn)[0]
+    return basis.contiguous()
+
+
 class Subspace:
     """The directions that earlier tasks use at one place: ``Phi`` (d x m), in blocks ``N_j``, one a task.
 
@@ -83,15 +92,27 @@ class Subspace:
 
     def design(self, moment: Tensor) -> Tensor:
         """All usable directions of ``S`` outside ``Phi`` (d x m, by falling energy); m = 0 if none."""
-        return top_eigenvectors(self.complement(moment), rank_floor(moment))[0][:, : self.free]
+
+        def compute() -> tuple[Tensor]:
+            return (top_eigenvectors(self.complement(moment), rank_floor(moment))[0][:, : self.free],)
+
+        return parallel.once(compute)[0]
 
     def protected(self, moment: Tensor) -> Tensor:
         """Directions of ``S`` inside ``Phi`` by falling energy (d x m); none before the first task."""
-        inside = self.phi @ self.phi.T
-        return top_eigenvectors(inside @ moment @ inside, rank_floor(moment))[0][:, : self.phi.shape[1]]
+
+        def compute() -> tuple[Tensor]:
+            inside = self.phi @ self.phi.T
+            vectors, _ = top_eigenvectors(inside @ moment @ inside, rank_floor(moment))
+            return (vectors[:, : self.phi.shape[1]],)
+
+        return parallel.once(compute)[0]
 
     def new_block(self, moment: Tensor, threshold: float) -> Tensor:
         """Fewest directions that lift the captured share of ``trace(S)`` to ``eps_t`` (d x m; m may be 0)."""
+        return parallel.once(lambda: (self._new_block(moment, threshold),))[0]
+
+    def _new_block(self, moment: Tensor, threshold: float) -> Tensor:
         target = energy_share(threshold, len(self.sizes)) * moment.trace()
         vectors, values = top_eigenvectors(self.complement(moment), rank_floor(moment))
         vectors, values = vectors[:, : self.free], values[: self.free]
@@ -105,17 +126,21 @@ class Subspace:
         """Adds the block of the task just learned; ``moment`` (d, d) was measured after the task."""
         new = self.new_block(moment, threshold)
         # Laid out as after a save and a load: the same product in another layout differs in the last bit.
-        self.phi = orthonormal(torch.cat([self.phi, new], 1)).contiguous()
+        joined = parallel.once(lambda: (orthonormal(torch.cat([self.phi, new], 1)),))[0]
+        self.phi = joined.contiguous()
         self.sizes.append(new.shape[1])
 
 
 def own_directions(moment: Tensor, taken: Tensor) -> Tensor:
     """Directions of ``S`` outside the span of ``taken`` (d x r), by falling energy (d x m)."""
-    used = orthonormal(taken)
-    projector = torch.eye(moment.shape[0], dtype=torch.float64) - used @ used.T
-    return top_eigenvectors(projector @ moment @ projector, rank_floor(moment))[0][
-        :, : moment.shape[0] - used.shape[1]
-    ]
+
+    def compute() -> tuple[Tensor]:
+        used = orthonormal(taken)
+        projector = torch.eye(moment.shape[0], dtype=torch.float64) - used @ used.T
+        vectors, _ = top_eigenvectors(projector @ moment @ projector, rank_floor(moment))
+        return (vectors[:, : moment.shape[0] - used.shape[1]],)
+
+    return parallel.once(compute)[0]
 
 
 def rank_floor(moment: Tensor) -> float:

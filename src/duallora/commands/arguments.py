@@ -1,9 +1,11 @@
 """From a typed function to a jsonargparse parser, and from a command line to that function's arguments.
 
 The rules: a parameter before the ``*`` of the signature is a positional argument, one after it an option
-(``train_per_class`` is ``--train-per-class``), a bool is a switch, and the docstring's ``Args`` are the help.
-A parameter of type `MethodChoice` becomes ``--method NAME`` and one ``--method.FIELD`` for each field of that
-method's configuration, so the method's name is found before the parser is built.
+(``train_per_class`` is ``--train-per-class``, ``class_`` is ``--class``), a bool is a switch, and the
+docstring's ``Args`` are the help. A parameter whose type is a dataclass becomes one option for each field, in
+a group of its own in the help. A parameter of type `MethodChoice` becomes ``--method NAME`` and one
+``--method.FIELD`` for each field of that method's configuration, so the method's name is found before the
+parser is built.
 """
 
 from __future__ import annotations
@@ -90,6 +92,8 @@ def build_parser(verb: str, command: Command, method: str | None = None) -> Comm
         hint = hints[parameter.name]
         if _is_choice(hint):
             _add_method(parser, method or DEFAULT_METHOD, keep_unsaid=parameter.default is None)
+        elif dataclasses.is_dataclass(hint):
+            _add_group(parser, hint, parameter.default)
         else:
             _add_parameter(parser, parameter, hint, about.get(parameter.name, ""))
     parser.add_argument(
@@ -103,14 +107,16 @@ def build_parser(verb: str, command: Command, method: str | None = None) -> Comm
     return parser
 
 
-def _add_parameter(parser: CommandParser, parameter: inspect.Parameter, hint: Any, about: str) -> None:
-    option = "--" + parameter.name.replace("_", "-")
+def _add_parameter(parser: Any, parameter: inspect.Parameter, hint: Any, about: str) -> None:
+    option = "--" + _key(parameter.name).replace("_", "-")
     settings: dict[str, Any] = {"help": about}
     if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
         option = parameter.name
         several = get_origin(hint) is list
         settings |= {"type": get_args(hint)[0], "nargs": "+"} if several else {"type": hint}
         settings["metavar"] = parameter.name.upper() + ("..." if several else "")
+        if parameter.default is not inspect.Parameter.empty:
+            settings |= {"nargs": "?", "default": parameter.default}
     elif hint is bool:
         settings["action"] = "store_true"
     else:
@@ -120,6 +126,17 @@ def _add_parameter(parser: CommandParser, parameter: inspect.Parameter, hint: An
         else:
             settings |= {"default": parameter.default, "help": _with_default(about, parameter.default)}
     parser.add_argument(option, **settings)
+
+
+def _add_group(parser: CommandParser, kind: Any, defaults: Any) -> None:
+    """Adds one option for each field of a dataclass; its summary is the title of the group."""
+    about, hints = _field_docs(kind), get_type_hints(kind)
+    title = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
+    group = parser.add_argument_group(title[:1].lower() + title[1:])
+    for each in dataclasses.fields(kind):
+        default = getattr(defaults, each.name)
+        parameter = inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        _add_parameter(group, parameter, hints[each.name], about.get(each.name, ""))
 
 
 def _add_method(parser: CommandParser, method: str, *, keep_unsaid: bool) -> None:
@@ -169,6 +186,11 @@ def _metavar(hint: Any) -> str:
     return {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH"}.get(hint, "TEXT")
 
 
+def _key(name: str) -> str:
+    """The option of a parameter: a word of Python's own, as in ``class``, is a name with ``_`` after it."""
+    return name.rstrip("_")
+
+
 def _is_choice(hint: Any) -> bool:
     return hint is MethodChoice or MethodChoice in get_args(hint)
 
@@ -199,7 +221,10 @@ def _keywords(command: Command, namespace: Namespace) -> dict[str, Any]:
     keywords = {}
     hints = get_type_hints(command)
     for name, parameter in inspect.signature(command).parameters.items():
-        value = namespace.get(name)
+        value = namespace.get(_key(name))
+        if dataclasses.is_dataclass(hints[name]) and not _is_choice(hints[name]):
+            kind: Any = hints[name]
+            value = kind(**{each.name: namespace.get(each.name) for each in dataclasses.fields(kind)})
         if _is_choice(hints[name]):
             fields = dict(vars(value))
             if parameter.default is None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import inspect
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duallora.commands import console
 from duallora.commands.choice import MethodChoice
+from duallora.commands.compare_protocol import image_counts, protocol
 from duallora.commands.jobs import Job, run_jobs
 from duallora.commands.lines import Line, read_lines
-from duallora.commands.ranges import LARGEST_SEED, require_range
-from duallora.commands.setting import Augment, Device, Order, Setting, load_setting
+from duallora.commands.options import BackboneOptions, StreamOptions
+from duallora.commands.ranges import require_range, seed_numbers
+from duallora.commands.setting import Setting, load_setting
+from duallora.compute import Compute
 from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:
@@ -29,18 +34,10 @@ def compare(
     seeds: int | str = 0,
     same_budget: bool = False,
     jobs: int = 1,
-    stream: str = "digits",
-    domains: str | None = None,
-    tasks: int | None = None,
-    order: Order = 1993,
-    classes: int | None = None,
-    train_per_class: int | None = None,
-    holdout: int = 0,
+    stream: StreamOptions = StreamOptions(),
     method: MethodChoice | None = None,
-    backbone: str = "embedded",
-    backbone_file: Path | None = None,
-    augment: Augment | None = None,
-    device: Device = "auto",
+    backbone: BackboneOptions = BackboneOptions(),
+    compute: Compute = Compute(),
 ) -> None:
     """Run several methods on one stream and write one page about them.
 
@@ -54,74 +51,44 @@ def compare(
         methods: names of duallora methods, or paths of YAML files with a method block, separated by commas
         seeds: numbers separated by commas
         same_budget: every method at its defaults, which have the same epochs, batch size, learning rates,
-            rank and layers; without it each has the values of its paper (configs/methods/NAME.yaml)
+            rank and layers; without it each has the values of its paper (configs/methods/NAME.yaml), and
+            those without such a file (duallora, lora, linear, frozen, joint) their defaults beside them
         jobs: number of runs at a time; they share the processor's threads
-        stream: digits, or a folder of images with train/ and val/
-        domains: show the same images in several domains, one task each, separated by commas
-        tasks: number of tasks; where it is not given, 5 for digits and 10 for a folder
-        order: seed of the class order (1993 is the usual one of benchmarks), or alphabetical
-        classes: take the first so many of the sorted class names
-        train_per_class: take the first so many training images of each class
-        holdout: test on the next so many training images of each class; val/ is not read then
+        stream: what is learned
         method: fields for every method that has them
-        backbone: embedded, or a timm ViT by its full tag
-        backbone_file: local .safetensors file with the backbone's weights
-        augment: views of the training images; where it is not given, crop for digits and crop,flip otherwise
-        device: where to compute
+        backbone: what the methods stand on
+        compute: where and how to compute
     """
     command = _command(locals())
     if out.exists() and not out.is_dir():
         raise DualLoRAError(f"{out} is a file; name a folder for the comparison.")
     require_range("--jobs", jobs, 1, 1024)
-    numbers = _numbers(str(seeds))
+    numbers = seed_numbers(seeds)
     if method is not None and method.name is not None:
         raise DualLoRAError("compare takes its methods from --methods; leave --method out.")
     names = [name.strip() for name in methods.split(",") if name.strip()]
     lines = read_lines(names, {} if method is None else method.fields, same_budget)
-    setting = load_setting(
-        stream,
-        domains,
-        tasks,
-        order,
-        classes,
-        train_per_class,
-        holdout,
-        backbone,
-        backbone_file,
-        augment,
-        device,
-    )
-    options = ["--stream", stream, "--device", device]
-    if backbone_file is not None:
-        options += ["--backbone-file", str(backbone_file)]
+    compute.check()  # before large weights are read
+    setting = load_setting(stream, backbone)
+    options = _elsewhere(stream, backbone, compute)
     for line in lines:  # a foreign run of any seed is refused now, not when all others have been run
         _entry(line, setting, out)
     _write_configs(lines, setting, out)
     missing = _missing(lines, numbers, setting, out, options)
     if missing:
-        features = _keep_features(setting, out, device)
+        features = _keep_features(setting, out, compute.device)
         missing = [Job(j.name, (*j.words, "--features", str(features)), j.log) for j in missing]
     failed = run_jobs(missing, jobs, lambda text: console.line(text, stderr=True))
     entries = [entry for line in lines if (entry := _entry(line, setting, out)) is not None]
     entries.sort(key=_final, reverse=True)
     if entries:
-        _write(entries, _protocol(entries, setting, same_budget), command, out)
+        _write(entries, protocol(entries, setting, same_budget), command, out)
     if failed:
         rest = "the page shows the others" if entries else "there is nothing to show yet"
         raise DualLoRAError(
             f"{len(failed)} of {len(missing)} runs failed ({', '.join(job.name for job in failed)}); {rest}. "
             f"Put right what their logs in {out / 'logs'} say and repeat the command."
         )
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise DualLoRAError(f"--seeds must be numbers separated by commas, not {text!r}.") from error
-    for number in numbers:
-        require_range("--seeds", number, 0, LARGEST_SEED)
-    return numbers
 
 
 def _folder(out: Path, line: Line, seed: int) -> Path:
@@ -156,6 +123,8 @@ def _write_configs(lines: Sequence[Line], setting: Setting, out: Path) -> None:
 def _yaml(line: Line, setting: Setting) -> bytes:
     asked = setting.asked(line.method, line.config, 0)
     asked["domains"] = ",".join(asked["domains"]) or None
+    if isinstance(asked["tasks"], list):
+        asked["tasks"] = ",".join(map(str, asked["tasks"]))
     kept = {key: asked[key] for key in asked if key not in ("seed", "backbone_file", "backbone_sha256")}
     comment = f"# duallora run --config FILE --stream FOLDER --seed 0 --out DIR: the line {line.name}\n"
     return (comment + json.dumps(kept, indent=2) + "\n").encode()
@@ -167,6 +136,8 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
     Raises:
         DualLoRAError: The folder holds a finished run under another configuration or on other images.
     """
+    from duallora.methods import METHODS
+    from duallora.methods.config import ADDED_FIELDS
     from duallora.results import SCHEMA_VERSION
 
     path = folder / "results.json"
@@ -180,8 +151,11 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DualLoRAError(f"{path} cannot be read; delete {folder} to run it again.") from error
     asked = setting.asked(line.method, line.config, seed)
-    shown = _images(setting.stream.class_order, *_image_counts(setting))
+    shown = _images(setting.stream.class_order, *image_counts(setting.stream))
     wanted = json.loads(json.dumps({"version": SCHEMA_VERSION, **asked, **shown}))
+    # A field that the method did not have yet was at its default.
+    later = {f: v for f, v in asdict(METHODS[line.method].config()).items() if f in ADDED_FIELDS}
+    there["method"] = later | there["method"]
     if there == wanted:
         return results
     from duallora.run_directory import difference
@@ -195,11 +169,6 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
 def _images(class_order: Sequence[str], train: int, test: int) -> dict[str, Any]:
     """What tells the images of two streams apart: a configuration does not say which folder was read."""
     return {"class order": list(class_order), "training images": train, "test images": test}
-
-
-def _image_counts(setting: Setting) -> tuple[int, int]:
-    """Training and test images of all tasks."""
-    return sum(len(task.train) for task in setting.stream), sum(len(task.test) for task in setting.stream)
 
 
 def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
@@ -223,23 +192,27 @@ def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
 
 def _keep_features(setting: Setting, out: Path, device: str) -> Path:
     """Computes the frozen features of all un-augmented images once, in the batches of an evaluation."""
+    from duallora.compute import Machine
     from duallora.features import FrozenFeatures
     from duallora.progress import Progress
-    from duallora.train import EVALUATION_BATCH, batches, make_fabric
+    from duallora.train import EVALUATION_BATCH, batches, chunked, unaugmented
     from duallora.transforms import evaluation_transform
 
     backbone = setting.backbone
-    path = out / f"features-{backbone.info.sha256[:12]}-{backbone.row_dim}.safetensors"
+    height, width = backbone.info.input_size[1:]
+    name = f"features-{backbone.info.sha256[:12]}-{height}x{width}-{backbone.row_dim}.safetensors"
+    path = out / name
     if path.exists():
         FrozenFeatures.load(path, backbone)  # one that cannot be read is refused once, not by every run
         return path
-    view, place = evaluation_transform(backbone.info), make_fabric(device).device
-    backbone.to(place)
+    view, machine = unaugmented(evaluation_transform(backbone.info)), Machine.of(device)
+    backbone.to(machine.device)
     parts = [part for task in setting.stream for part in (task.train, task.test)]
 
     def images() -> Any:
         for part in Progress().track(parts, len(parts), "frozen features"):
-            for batch in batches(part, lambda image, _: view(image), EVALUATION_BATCH, place):
+            chunks = chunked(range(len(part)), EVALUATION_BATCH)
+            for batch in batches(part, view, machine, chunks):
                 yield batch.images
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,33 +244,6 @@ def _final(entry: Entry) -> float:
     return max(value.mean for value in values if value is not None)
 
 
-def _protocol(entries: Sequence[Entry], setting: Setting, same_budget: bool) -> list[str]:
-    stream, info = setting.stream, setting.backbone.info
-    counts = _image_counts(setting)
-    trained = sorted({_trained(entry) for entry in entries})
-    budget = trained[0] if len(trained) == 1 else "; ".join(f"{e.name}: {_trained(e)}" for e in entries)
-    rates = {str(e.runs[0]["config"]["method"].get("learning_rate")) for e in entries} - {"None"}
-    if same_budget and len(trained) == 1 and len(rates) == 1:
-        budget = f"one budget for all: {budget}, what is adapted at {rates.pop()}"
-    machines = [run["environment"] for entry in entries for run in entry.runs]
-    where = {f"{m['device']}, {m['threads']} threads, torch {m['packages']['torch']}" for m in machines}
-    return [
-        f"stream {stream.name}: {len(stream)} tasks, {len(stream.class_order)} classes, order "
-        f"{stream.order_seed}; {counts[0]} training and {counts[1]} test images",
-        f"backbone {info.name} (sha256 {info.sha256[:12]}), input {'x'.join(map(str, info.input_size))}, "
-        f"mean {info.mean}, std {info.std}",
-        f"views of the training images: {setting.augment}; Adam, cosine to zero; {budget}",
-        "no task labels at test time; every test image seen so far after every task; accuracy is over images",
-        f"run on: {'; '.join(sorted(where))}",
-    ]
-
-
-def _trained(entry: Entry) -> str:
-    fields = entry.runs[0]["config"]["method"]
-    rate = fields["head_learning_rate"]
-    return f"{fields['epochs']} epochs, batches of {fields['batch_size']}, heads at {rate}"
-
-
 def _command(given: Mapping[str, Any]) -> str:
     """The command line that these arguments came from, defaults left out."""
     words = ["duallora", "compare"]
@@ -306,8 +252,33 @@ def _command(given: Mapping[str, Any]) -> str:
         if isinstance(value, MethodChoice):
             for field, item in value.fields.items():
                 words += [f"--method.{field}", json.dumps(item) if isinstance(item, bool) else str(item)]
+        elif dataclasses.is_dataclass(value):
+            words += _words(value, parameter.default, [each.name for each in dataclasses.fields(value)])
         elif value is True:
             words.append(option)
         elif value != parameter.default:
             words += [option, str(value)]
     return shlex.join(words)
+
+
+def _elsewhere(stream: StreamOptions, backbone: BackboneOptions, compute: Compute) -> list[str]:
+    """Options of a run that its kept configuration does not hold: where things lie, and how to compute."""
+    computing = [each.name for each in dataclasses.fields(compute)]
+    return [
+        *("--stream", stream.stream),
+        *_words(stream, StreamOptions(), ["data", "split_lists"]),
+        *_words(backbone, BackboneOptions(), ["backbone_file"]),
+        *_words(compute, Compute(), computing),
+    ]
+
+
+def _words(group: Any, defaults: Any, names: Sequence[str]) -> list[str]:
+    """Options of a group that are not at their default."""
+    words: list[str] = []
+    for name in names:
+        value, option = getattr(group, name), "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif value != getattr(defaults, name):
+            words += [option, str(value)]
+    return words

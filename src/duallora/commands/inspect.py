@@ -22,19 +22,16 @@ def inspect(model: Path, *, json: bool = False) -> None:
     """
     from duallora import checkpoint
 
-    manifest, tensors = checkpoint.read(model)
+    about = description(model, *checkpoint.read(model))
     with checkpoint.intact(model):
-        shown = ("name", "classes", "learned_at", "train_images")
-        tasks = [{key: task[key] for key in shown} for task in manifest["tasks"]]
-        about = {key: manifest[key] for key in ("method", "config", "seed", "augment", "backbone")}
         heading = f"method {about['method']}, backbone {about['backbone']['name']}"
         cells = [
             [str(t["name"]), str(t["learned_at"]), str(t["train_images"]), ", ".join(t["classes"])]
-            for t in tasks
+            for t in about["tasks"]
         ]
-        layers, sizes = layers_of(tensors), bytes_of(tensors)
+        layers, sizes = about["layers"], about["bytes"]
     if json:
-        console.document({"tasks": tasks, "layers": layers, "bytes": sizes, **about})
+        console.document(about)
         return
     console.line(heading)
     console.rows(["task", "learned at", "images", "classes"], cells)
@@ -54,6 +51,26 @@ def inspect(model: Path, *, json: bool = False) -> None:
             ],
         )
     console.rows(["part", "bytes"], [[part, f"{size:,}"] for part, size in sizes.items()])
+
+
+def description(model: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a saved model holds, as JSON holds it.
+
+    Args:
+        model: its folder, for messages.
+        manifest: content of ``model.json``.
+        tensors: the saved weights, by name.
+
+    Raises:
+        DualLoRAError: ``model.json`` lacks something.
+    """
+    from duallora import checkpoint
+
+    with checkpoint.intact(model):
+        shown = ("name", "classes", "learned_at", "train_images")
+        tasks = [{key: task[key] for key in shown} for task in manifest["tasks"]]
+        about = {key: manifest[key] for key in ("method", "config", "seed", "augment", "backbone")}
+        return {"tasks": tasks, "layers": layers_of(tensors), "bytes": bytes_of(tensors), **about}
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def learn(
     method: MethodChoice | None = None,
     backbone: str | None = None,
     backbone_file: Path | None = None,
-    augment: Literal["crop,flip", "crop", "none"] | None = None,
+    augment: str | None = None,
     seed: int | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
 ) -> None:
@@ -57,7 +57,8 @@ def learn(
         method: what learns
         backbone: of a new model, embedded (default) or a timm ViT by its full tag
         backbone_file: local .safetensors file with the backbone's weights, copied into the model
-        augment: views of the training images (new models: crop,flip)
+        augment: views of the training images: crop, crop=SHARE and flip joined by a comma, or none (new
+            models: crop,flip)
         seed: of initialisation, image order and augmentation (new models: 0)
         device: where to compute
     """
@@ -100,7 +101,10 @@ def learn(
         if before is not None and after is not None:
             comparison = Comparison(before.accuracy, after.accuracy)
             comparison.require(max_drop)
-        outcome = Outcome.of(record, known, Measured.on(learner, lesson.held_back), after)
+        held_back = Measured.on(learner, lesson.held_back)
+        if held_back is not None:
+            held_back.note(learner)
+        outcome = Outcome.of(record, known, held_back, after)
         learner.commit(model)
     # Printed when all is saved: a reader of this output that goes away must not cost the model.
     if bad_images:

@@ -60,7 +60,7 @@ class Lesson:
             seconds = time.perf_counter() - start
             if val is None:
                 kept, held = hold_back(train)
-                return cls(kept, held and _present(held), tuple(train.bad_images), seconds)
+                return cls(kept, held and present(held), tuple(train.bad_images), seconds)
             _check(val, progress)
         bad = (*train.bad_images, *val.bad_images)
         return cls(as_task_dataset(train), as_task_dataset(val), bad, seconds)
@@ -96,7 +96,7 @@ def _check(dataset: FolderDataset, progress: Progress) -> None:
     dataset.check(lambda paths: progress.track(paths, len(paths), f"checking {dataset.folder}"))
 
 
-def _present(view: TaskDataset) -> TaskDataset:
+def present(view: TaskDataset) -> TaskDataset:
     """The same view without the classes that have no image in it."""
     present = sorted(set(view.targets))
     view = view.subset(range(len(view)))

@@ -62,7 +62,7 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
         common = {field: value for field, value in shared.items() if field in known}
         if same_budget:
             kept = {field: value for field, value in own.items() if field not in BUDGET_FIELDS}
-            values = kept | common
+            values = _halved(METHODS[method].config(), kept) | kept | common
         else:
             values = common | own
         try:
@@ -71,6 +71,16 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
             raise DualLoRAError(f"{asked}: {error}") from error
     _check(lines, shared)
     return lines
+
+
+def _halved(default: MethodConfig, kept: Mapping[str, Any]) -> dict[str, int]:
+    """Ranks of a variant with both adapters of DualLoRA; their sum is the rank of the others' one."""
+    whole = getattr(default, "rank", 0)
+    return (
+        {"rank": whole - whole // 2, "residual_rank": whole // 2}
+        if kept.get("residual", "none") != "none"
+        else {}
+    )
 
 
 def _own_values(asked: str, methods: list[str], same_budget: bool) -> tuple[str, dict[str, Any]]:

@@ -55,11 +55,13 @@ class Measured:
         accuracy: share of images whose class is right.
         calibration_error: expected calibration error; None where it is undefined.
         answers: true and predicted class name of every image.
+        confidence: probability of the predicted class of every image.
     """
 
     accuracy: float
     calibration_error: float | None
     answers: tuple[tuple[str, str], ...]
+    confidence: tuple[float, ...]
 
     @classmethod
     def on(cls, learner: ContinualLearner, data: TaskDataset | FolderDataset | None) -> Measured | None:
@@ -71,7 +73,15 @@ class Measured:
         names = [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, found, strict=True)]
         right = torch.tensor([true == answer for true, answer in names])
         error = metrics.calibration_error(confidence, right)
-        return cls(int(right.sum()) / len(right), error, tuple(names))
+        return cls(int(right.sum()) / len(right), error, tuple(names), tuple(confidence.tolist()))
+
+    def note(self, learner: ContinualLearner) -> TaskRecord:
+        """Puts the accuracy on held-back images into the record of the latest task, to be saved with it."""
+        record = dataclasses.replace(
+            learner.tasks[-1], held_back_accuracy=self.accuracy, held_back_images=len(self.answers)
+        )
+        learner.tasks[-1] = record
+        return record
 
 
 @dataclasses.dataclass(frozen=True)

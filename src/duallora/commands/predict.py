@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from duallora.commands import console
 from duallora.commands.ranges import require_range
 from duallora.errors import DualLoRAError
-
-if TYPE_CHECKING:
-    from duallora.outputs import Prediction
-
-UNKNOWN = "unknown"
 
 
 def predict(
@@ -43,14 +36,15 @@ def predict(
     if out is not None and not out.absolute().parent.is_dir():
         raise DualLoRAError(f"the folder of --out {out} does not exist; create it first.")
 
+    from duallora.answers import as_csv, as_document
     from duallora.atomic import write_atomic
     from duallora.learner import ContinualLearner
 
     paths = _walk(image)
     found = ContinualLearner.load(model, device=device).predict(paths, top=top)
-    records = [_record(prediction, unknown_below) for prediction in found]
+    records = [as_document(prediction, unknown_below) for prediction in found]
     if out is not None:
-        write_atomic(out, _csv(records))
+        write_atomic(out, as_csv(records))
     if json:
         console.document({"predictions": records})
         return
@@ -88,29 +82,3 @@ def _walk(places: list[Path]) -> list[Path]:
         if not path.exists():
             raise DualLoRAError(f"{path} does not exist; check the path.")
     return paths
-
-
-def _record(prediction: Prediction, unknown_below: float | None) -> dict[str, Any]:
-    unknown = unknown_below is not None and 1 - prediction.unknown < unknown_below
-    return {
-        "path": prediction.path,
-        "class": UNKNOWN if unknown else prediction.label,
-        "probability": prediction.probability,
-        "task": prediction.task,
-        "task_confidence": prediction.task_confidence,
-        "unknown": prediction.unknown,
-        "top": [{"class": name, "probability": probability} for name, probability in prediction.top],
-    }
-
-
-def _csv(records: list[dict[str, Any]]) -> bytes:
-    """One line an image; the top classes in columns of their own."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    fields = ["path", "class", "probability", "task", "task_confidence", "unknown"]
-    places = range(1, max(len(record["top"]) for record in records) + 1)
-    writer.writerow([*fields, *(f"{what}_{place}" for place in places for what in ("class", "probability"))])
-    for record in records:
-        best = [value for entry in record["top"] for value in (entry["class"], entry["probability"])]
-        writer.writerow([*(record[field] for field in fields), *best])
-    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from duallora.commands.options import BackboneOptions, StreamOptions
 
 if TYPE_CHECKING:
     from duallora.backbones import Backbone
     from duallora.methods import MethodConfig
     from duallora.streams import Stream
-
-Order = int | Literal["alphabetical"]
-Augment = Literal["crop,flip", "crop", "none"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,8 @@ class Setting:
         backbone: Frozen; a learner that is given it keeps it.
         augment: Views of the training images.
         options: What was asked of the stream, ready for JSON.
-        named: What was asked of the backbone: its name, the name of its file, and the hash of the weights.
+        named: What was asked of the backbone: its name, the name of its file, the hash of the weights, and
+            the preprocessing where it is not the backbone's own.
     """
 
     stream: Stream
@@ -51,44 +49,23 @@ class Setting:
         }
 
 
-def load_setting(
-    stream: str,
-    domains: str | None,
-    tasks: int | None,
-    order: Order,
-    classes: int | None,
-    train_per_class: int | None,
-    holdout: int,
-    backbone: str,
-    backbone_file: Path | None,
-    augment: Augment | None,
-    device: Device,
-) -> Setting:
+def load_setting(stream: StreamOptions, backbone: BackboneOptions) -> Setting:
     """Loads what the options of ``duallora run`` and ``duallora compare`` name.
 
     Raises:
-        DualLoRAError: A stream, a device or a backbone that is not there or does not fit.
+        DualLoRAError: A stream or a backbone that is not there or does not fit.
     """
     from duallora import streams
     from duallora.backbones import load_backbone
-    from duallora.train import make_fabric
 
-    shown = tuple(name.strip() for name in domains.split(",")) if domains is not None else ()
-    options: dict[str, Any] = {
-        "tasks": tasks,
-        "order": order,
-        "classes": classes,
-        "train_per_class": train_per_class,
-        "holdout": holdout,
-        "domains": shown,
-    }
-    loaded = streams.load(stream, **options)
-    make_fabric(device)  # a device that is not there is refused before large weights are read
-    weights = load_backbone(backbone, backbone_file)
+    options = stream.asked()
+    loaded = streams.load(stream.stream, data=stream.data, split_lists=stream.split_lists, **options)
+    weights = load_backbone(backbone.backbone, backbone.backbone_file, **backbone.changed())
     named = {
-        "backbone": backbone,
-        "backbone_file": None if backbone_file is None else backbone_file.name,
+        "backbone": backbone.backbone,
+        "backbone_file": None if backbone.backbone_file is None else backbone.backbone_file.name,
         # Other weights under the same name are another run.
         "backbone_sha256": weights.info.sha256,
+        **backbone.changed(),
     }
-    return Setting(loaded, weights, augment or loaded.augmentation, options, named)
+    return Setting(loaded, weights, backbone.augment or loaded.augmentation, options, named)

@@ -8,7 +8,7 @@ from duallora.commands import console
 
 
 def undo(model: Path) -> None:
-    """Take a saved model back to the state before the last learn; one step is kept.
+    """Take a saved model back to the state before the last learn or forget; one step is kept.
 
     Args:
         model: folder of the saved model

@@ -9,7 +9,9 @@ Order of the calls for one task::
     logits(images)             any time: the readouts of a batch, without the task
       extract(images)          the final features of a batch
       head_logits(features)    the heads' logits
+    forget(task, kept)         between tasks: loses classes, or all that is a task's own
     state() / load_state()     between tasks only
+    simulate(tasks)            random numbers of the same shapes, for measurements
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora import parallel
 from duallora.adapters.beside import Beside, put_beside
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
@@ -41,7 +44,8 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-# A fresh pass over the task's training images, evaluation view, in order.
+# A fresh pass over the task's training images, evaluation view, in order. Where several processes train, each
+# sees its block of them: what a method keeps of a pass goes through duallora.parallel.
 Loader = Callable[[], Iterable[Batch]]
 
 
@@ -86,6 +90,7 @@ class Method:
     Attributes:
         paper: where the method comes from.
         stores: what it keeps of a task, in a few words.
+        leaves: what :meth:`forget` leaves of a forgotten task, in a few words.
         reconstruction: whether the paper's code or text was not to be had, so that parts are a guess.
         all_at_once: whether it has to see all tasks' images together.
         readout: which readout is the method's own answer.
@@ -94,6 +99,7 @@ class Method:
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
         cache: features of the bare backbone by image, for :meth:`frozen_features`.
         autocast: precision of the backbone in passes and training; everything else runs in fp32.
+        reading: the same in readouts: fp32, because bf16 would round by batch size; a measurement may ask.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
@@ -103,6 +109,7 @@ class Method:
 
     paper: ClassVar[str] = ""
     stores: ClassVar[str] = "heads, class rows"
+    leaves: ClassVar[str] = "its share of the pooled covariance and what it trained of the adapters"
     reconstruction: ClassVar[bool] = False
     all_at_once: ClassVar[bool] = False
     readout: ClassVar[Literal["heads", "calibrated"]] = "heads"
@@ -125,6 +132,7 @@ class Method:
         self._before: Sequence[Tensor | None] = []
         self.cache: FrozenFeatures | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.reading: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -205,8 +213,14 @@ class Method:
         return features
 
     def query(self, images: Tensor) -> Tensor:
-        """Final features (n, feature_dim) of the bare backbone: what prompts and tasks are chosen by."""
-        return self.final(self.frozen_features(images))
+        """Final features (n, feature_dim) of the bare backbone: what prompts and tasks are chosen by.
+
+        Augmented views are in no cache, and looking for them would take a digest of every one.
+        """
+        if not torch.is_grad_enabled():
+            return self.final(self.frozen_features(images))
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return self.final(self.backbone(images).float())
 
     def final(self, features: Tensor) -> Tensor:
         """The final features (n, feature_dim) among what :meth:`features` gives (n, row_dim)."""
@@ -255,15 +269,17 @@ class Method:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Readout:
         """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
-        features, config = self.extract(images).float(), self.config  # fp32: bf16 would round by batch size
+        config = self.config
+        with self.reading():
+            features = self.extract(images).float()
         logits = self.head_logits(features)
-        log_q = self.rows.log_q(features)
+        log_q, familiarity = self.rows.readout(features)
         log_task = self.task_posterior(log_q)
         calibrated = None
         if config.calibration != "none":
-            row_task = self.rows.task.to(self.device)
-            calibrated = calibrate(logits, log_q, log_task, row_task, config.calibration, config.tau)
-        familiarity = self.rows.familiarity(features)
+            calibrated = calibrate(
+                logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
+            )
         return Readout(
             logits.log_softmax(1),
             calibrated,
@@ -272,6 +288,23 @@ class Method:
             self.gate_weights(),
             self.final(features),
         )
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """Loses classes of a task: their rows and head outputs, with the last one all that is the task's own.
+
+        This takes rows and heads, which every method has; one that keeps more of a class or a task takes
+        that as well. Indices of tasks stay as they are: a forgotten task has no rows from then on.
+
+        Args:
+            task: its index.
+            kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
+        """
+        seen_from = self.rows.reference
+        self.heads.forget(task, kept)
+        self.rows.forget(task, kept)
+        if self.imprinted and not torch.equal(seen_from, self.rows.reference):
+            # Heads began as classifiers seen from what is forgotten now, and those to come cannot be.
+            self.heads.shift(*self.rows.seen_from(seen_from))
 
     def task_posterior(self, log_q: Tensor) -> Tensor:
         """Log p(t|f) (n, T) from the posterior over rows (n, R)."""
@@ -298,6 +331,29 @@ class Method:
         for wrapper in self.beside.values():
             wrapper.merge()
 
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """Fills a new method with random numbers of the shapes that learning these tasks would leave.
+
+        For measurements: what a pass costs depends on how much has been learned, not on what. The state can
+        be saved, loaded and trained on like any other.
+        """
+        for task in tasks:
+            self.heads.open(len(task.classes), self.generator(task.index))
+            self.pretend(task.index)
+        self.heads.requires_grad_(False)
+        generator = self.generator(len(tasks), purpose=9)
+        self.rows.simulate([len(task.classes) for task in tasks], generator)
+        for parameter in self.adapters.parameters():
+            if not parameter.any():  # what starts at zero would be moved by training
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        for wrapper in self.beside.values():
+            wrapper.merge()
+
+    def pretend(self, task: int) -> None:
+        """As :meth:`grow` for :meth:`simulate`; a method may draw what takes long in a shorter way."""
+        self.grow(task)
+
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Adds the task's rows on features (n, row_dim) and fits their temperature; called once a task."""
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
@@ -307,7 +363,7 @@ class Method:
     def observe(self, loader: Loader) -> tuple[Tensor, Tensor]:
         """One pass over the task's images: features (n, row_dim) and labels (n,)."""
         features, labels = zip(*((self.features(b.images), b.labels) for b in loader()), strict=True)
-        return torch.cat(features), torch.cat(labels)
+        return parallel.gather(torch.cat(features)), parallel.gather(torch.cat(labels))
 
     def generator(self, task: int, purpose: int = 0) -> torch.Generator:
         """Random numbers for a task's initialisation, the same on every device and after every resume.

@@ -24,7 +24,7 @@ class RoutedLoRAConfig(MethodConfig):
         shared_rate: learning rate of A and B after the first task, as a share of ``learning_rate``.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
     """
 
     rank: int = 20

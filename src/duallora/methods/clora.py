@@ -25,7 +25,7 @@ class SharedLoRAConfig(MethodConfig):
         diversity: weight of SADE, the mean squared cosine between different shared matrices.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("pairs",)

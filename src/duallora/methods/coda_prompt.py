@@ -25,7 +25,7 @@ class CodaPromptConfig(MethodConfig):
         components_per_task: new components of a task in every prompted block.
         prompt_length: L, even; half of a prompt are keys, half are values.
         mu: weight of the penalty that keeps components orthogonal.
-        learning_rate: Adam's learning rate of the components, cosine to zero.
+        learning_rate: learning rate of the components.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("layers", "components_per_task", "prompt_length")
@@ -115,6 +115,18 @@ class CodaPrompt(Method):
         generator = self.generator(task, purpose=1)
         for pool in self.pools.values():
             pool.grow(self.config.components_per_task, generator, self.device)
+
+    def pretend(self, task: int) -> None:
+        """Components that are random alone: orthogonal ones take minutes for many tasks."""
+        generator, count = self.generator(task, purpose=1), self.config.components_per_task
+        for pool in self.pools.values():
+            shapes = (
+                (pool.p, (count, pool.length, pool.dim)),
+                *((g, (count, pool.query_dim)) for g in (pool.k, pool.a)),
+            )
+            for group, shape in shapes:
+                drawn = F.normalize(torch.randn(shape, generator=generator).flatten(1)).view(shape)
+                group.append(nn.Parameter(drawn.to(self.device), requires_grad=False))
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy on the current classes, and the penalty of every block."""

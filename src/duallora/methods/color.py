@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora import parallel
 from duallora.adapters.beside import LowRank
 from duallora.backbones import Backbone
 from duallora.heads import within_tasks
@@ -31,7 +32,7 @@ class CoLoRConfig(MethodConfig):
             classes (class-incremental), the paper's domain-incremental streams have 5.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("centres",)
@@ -65,6 +66,12 @@ class PerTask(nn.Module):
         self.requires_grad_(False)
         self.pairs.append(LowRank(self.dim, self.out, rank, generator).to(device))
 
+    @torch.no_grad()
+    def clear(self, task: int) -> None:
+        """Sets the pair of a task to zero."""
+        for parameter in self.pairs[task].parameters():
+            parameter.zero_()
+
     def forward(self, x: Tensor) -> Tensor | None:
         """(B, N, d) -> (B, N, out)."""
         if self.active is None:
@@ -81,6 +88,7 @@ class CoLoR(Method):
 
     paper = "CoLoR, Wistuba et al. 2023 (2311.17601)"
     stores = "A and B per task, k-means centres, heads, class rows"
+    leaves = "its share of the pooled covariance"
     reconstruction = True
     forward_passes = 2
     config: CoLoRConfig
@@ -107,13 +115,23 @@ class CoLoR(Method):
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """Centres of the task's frozen features, then the rows, each image with the LoRA it would get."""
-        features = torch.cat([self.query(batch.images) for batch in loader()])
+        with torch.no_grad():
+            features = parallel.gather(torch.cat([self.query(batch.images) for batch in loader()]))
         wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
         seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
         found = _centres(features, wanted, seed).to(self.device)
         self.centres = torch.cat([self.centres, found])
         self.centre_task = torch.cat([self.centre_task, self.centre_task.new_full((len(found),), task.index)])
         super().consolidate(task, loader)
+
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With random centres."""
+        super().simulate(tasks)
+        counts = [2 * len(t.classes) if self.config.centres is None else self.config.centres for t in tasks]
+        width, generator = self.backbone.feature_dim, self.generator(0, purpose=8)
+        self.centres = torch.randn(sum(counts), width, generator=generator).to(self.device)
+        self.centre_task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts)).to(self.device)
 
     def choose(self, images: Tensor) -> Tensor:
         """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
@@ -139,7 +157,7 @@ class CoLoR(Method):
 
     def head_logits(self, features: Tensor) -> Tensor:
         """Log-probabilities inside each task (n, R); rows of the tasks that were not chosen are far below."""
-        row_task = self.rows.task.to(features.device)
+        row_task = self.rows.row_task
         rows = within_tasks(super().head_logits(features), row_task, len(self.heads.tasks))
         if self._chosen is None:
             return rows
@@ -155,6 +173,16 @@ class CoLoR(Method):
         finally:
             for update in self.updates:
                 update.active = None
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """With the last class of a task also its centres, so that its LoRA is never chosen, and that LoRA."""
+        super().forget(task, kept)
+        if bool(kept.any()):
+            return
+        mine = self.centre_task == task
+        self.centres, self.centre_task = self.centres[~mine], self.centre_task[~mine]
+        for update in self.updates:
+            update.clear(task)
 
     def state(self) -> dict[str, Tensor]:
         """As every method, and the centres (K, d) with their tasks (K,)."""

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
+ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay"})
+"""Fields that came after the first published results, which were made at what is the default."""
+
 
 @dataclass(frozen=True)
 class MethodConfig:
@@ -16,7 +19,10 @@ class MethodConfig:
     Attributes:
         epochs: passes over a task's training images.
         batch_size: images per optimiser step.
-        head_learning_rate: Adam's learning rate of the heads, cosine to zero.
+        head_learning_rate: learning rate of the heads.
+        optimizer: adam, adamw, or sgd with momentum .9.
+        schedule: of the learning rates over a task: one cosine to zero, or none.
+        weight_decay: of everything that is trained, as the optimizer has it.
         calibration: how the calibrated readout joins heads, class model and task identity.
         tau: weight of the task posterior with ``calibration="task"``.
     """
@@ -32,6 +38,9 @@ class MethodConfig:
     epochs: int = 4
     batch_size: int = 32
     head_learning_rate: float = 5e-3
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
     calibration: Literal["class", "task", "none"] = "class"
     tau: float = 1.0
 

@@ -7,6 +7,7 @@ paper's and what is ours stands in ``docs/method.md``, section by section in the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,10 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from duallora import parallel
 from duallora.adapters.inject import wrap_attention
 from duallora.adapters.lora import AdaptedQKV
-from duallora.adapters.moments import Moment, TokenReader, gather_moments
-from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions
+from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
+from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
@@ -43,7 +45,7 @@ class DualLoRAConfig(MethodConfig):
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
         top_tasks: most residual adapters that act on one image.
-        learning_rate: Adam's learning rate of the adapters, cosine to zero.
+        learning_rate: learning rate of the adapters.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
@@ -91,6 +93,7 @@ class DualLoRA(Method):
 
     paper = "DualLoRA 2024 (2411.00623)"
     stores = "factors of O, bases and C of R, Phi, heads, class rows, gate rows"
+    leaves = "its share of the pooled covariances and of Phi, and of an update that is summed up already"
     reconstruction = True
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
     imprinted: ClassVar[bool] = True
@@ -98,6 +101,7 @@ class DualLoRA(Method):
 
     def __init__(self, backbone: Backbone, config: DualLoRAConfig, seed: int) -> None:
         super().__init__(backbone, config, seed)
+        check_moments(backbone, config.moments)
         layers = adapted_layers(backbone, config.first_adapted_layer)
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
         selected = config.top_tasks if config.gate != "off" else 1 << 30
@@ -225,6 +229,21 @@ class DualLoRA(Method):
         """Weights of the residual adapters in the latest pass (n, T)."""
         return None if self.config.residual == "none" else self.memory.mean_weights()
 
+    # -- forgetting ------------------------------------------------------------------------------------------
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """With the last class of a task also its residual adapter, and its factors while they are apart.
+
+        ``Phi`` stays: what later tasks were kept away from is no property of the forgotten task alone.
+        """
+        super().forget(task, kept)
+        for point in self.memory.points.values():
+            point.forget(task, kept)
+        if not bool(kept.any()):
+            for module in self.adapted.values():
+                module.forget(task)
+        self.memory.release()
+
     # -- state -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
@@ -251,6 +270,31 @@ class DualLoRA(Method):
         for layer, point in self.memory.points.items():
             point.load_state(part(tensors, f"gate.{layer}"))
         self.memory.tasks = len(self.heads.tasks)
+
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With random adapters and gate rows, and a ``Phi`` that leaves room for the next task's adapters.
+
+        Until then it grows by a twentieth of all directions a task, about as on real images.
+        """
+        super().simulate(tasks)
+        config, generator = self.config, self.generator(0, purpose=8)
+        wide = config.residual_rank if config.residual != "none" else 0
+        for (layer, group), subspace in self.subspaces.items():
+            module = self.adapted[layer]
+            for task in tasks:
+                basis = random_basis(module.dim, config.rank + wide, generator).float().to(self.device)
+                a, psi = basis[:, : config.rank].contiguous(), basis[:, config.rank :].contiguous()
+                module.groups[group].simulate(task.index, a, psi, generator)
+            room = max(module.dim - config.rank - config.residual_rank, 0)
+            columns = min(max(module.dim // 20, 1) * len(tasks), room)
+            subspace.phi = random_basis(module.dim, columns, generator)
+            subspace.sizes = [len(share) for share in torch.arange(columns).tensor_split(max(len(tasks), 1))]
+        for module in self.adapted.values():
+            module.refresh()
+        for point in self.memory.points.values():
+            point.simulate([len(task.classes) for task in tasks], generator)
+        self.memory.tasks = len(tasks)
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
@@ -302,5 +346,6 @@ class DualLoRA(Method):
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
                     found.append(self.memory.features[layer])
-        gate = {layer: torch.cat(found) for layer, found in gathered.items()}
-        return _Seen(moments, gate, torch.cat(features), torch.cat(labels))
+        gate = {layer: parallel.gather(torch.cat(found)) for layer, found in gathered.items()}
+        joined = (parallel.gather(torch.cat(parts)) for parts in (features, labels))
+        return _Seen(moments, gate, *joined)

@@ -26,7 +26,7 @@ class DualPromptConfig(MethodConfig):
         g_length: length of a general prompt, even; half of it are keys, half are values.
         e_length: the same for an expert prompt.
         pull: weight of the loss that draws a task's keys to the queries of its images.
-        learning_rate: Adam's learning rate of prompts and keys, cosine to zero.
+        learning_rate: learning rate of prompts and keys.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("g_layers", "e_layers", "g_length", "e_length")
@@ -130,7 +130,7 @@ class DualPrompt(Method):
     def _prompted(self, images: Tensor, chosen: dict[int, Tensor]) -> Tensor:
         """Features of the backbone with the experts of the tasks chosen by block, (B,) each."""
         prefixes: dict[int, Prefix] = {
-            layer: halves(prompt.expand(len(images), -1, -1)) for layer, prompt in enumerate(self.general)
+            layer: halves(prompt.expand(images.shape[0], -1, -1)) for layer, prompt in enumerate(self.general)
         }
         prefixes |= {layer: halves(self.experts[layer](task)) for layer, task in chosen.items()}
         with prefixed(self.prefixes, prefixes):

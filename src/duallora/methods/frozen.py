@@ -26,6 +26,7 @@ class Linear(Method):
     """Linear probe: no adapters, arg-max over the concatenated heads."""
 
     paper = "linear probe"
+    leaves = "its share of the pooled covariance"
     config: LinearConfig
 
     def extract(self, images: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ class Frozen(Method):
     """No adapters; heads, rows and calibration as in DualLoRA: what the adapters are measured against."""
 
     paper = "frozen features"
+    leaves = "its share of the pooled covariance"
     config: FrozenConfig
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
     imprinted: ClassVar[bool] = True

@@ -8,6 +8,7 @@ here and its trained ``A_t`` is ``U_t^T``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,7 @@ from duallora.adapters.dual_gpm import DualGPM
 from duallora.adapters.inject import wrap_attention
 from duallora.adapters.lora import AdaptedQKV
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
-from duallora.adapters.subspace import energy_share
+from duallora.adapters.subspace import energy_share, random_basis
 from duallora.backbones import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
@@ -37,7 +38,7 @@ class InfLoRAConfig(MethodConfig):
             tasks, see ``energy_share``.
         projections: which of q, k and v are adapted; they share a down-projection.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the up-projection, cosine to zero.
+        learning_rate: learning rate of the up-projection.
     """
 
     rank: int = 20
@@ -65,6 +66,7 @@ class InfLoRA(Method):
 
     paper = "InfLoRA 2024 (2404.00228)"
     stores = "sum of D_j U_j, one basis a layer (at most d/2 columns), heads, class rows"
+    leaves = "its share of the pooled covariance and of the bases, and of an update that is summed up already"
     config: InfLoRAConfig
 
     def __init__(self, backbone: Backbone, config: InfLoRAConfig, seed: int) -> None:
@@ -110,6 +112,27 @@ class InfLoRA(Method):
         for layer, memory in self.memory.items():
             memory.grow(moments[layer, group].value, share)
         self.remember(task, features, labels)
+
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With random factors of every task, and a basis of ``rank`` more columns for each."""
+        super().simulate(tasks)
+        generator, rank = self.generator(0, purpose=8), self.config.rank
+        for layer, memory in self.memory.items():
+            module = self.adapted[layer]
+            for task in tasks:
+                d = random_basis(module.dim, rank, generator).float().to(self.device)
+                module.groups[self.config.projections].simulate(task.index, d, d[:, :0], generator)
+            module.refresh()
+            columns = min(rank * len(tasks), module.dim // 2)
+            memory.basis = random_basis(module.dim, columns, generator)
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """With the last class of a task also ``D_t U_t``, while it is apart; the basis stays."""
+        super().forget(task, kept)
+        if not bool(kept.any()):
+            for module in self.adapted.values():
+                module.forget(task)
 
     def state(self) -> dict[str, Tensor]:
         """Merged updates, and per layer the basis and which of the two it is."""

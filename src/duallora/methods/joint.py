@@ -19,7 +19,7 @@ class JointConfig(MethodConfig):
         rank: r, rank of the adapter.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
     """
 
     rank: int = 20

@@ -24,7 +24,7 @@ class L2PConfig(MethodConfig):
         prompt_length: tokens of a prompt.
         top_k: prompts that an image takes.
         pull: weight of the loss that draws the chosen keys to the query.
-        learning_rate: Adam's learning rate of prompts and keys, cosine to zero.
+        learning_rate: learning rate of prompts and keys.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("pool_size", "prompt_length", "top_k")

@@ -16,15 +16,13 @@ class LoRAConfig(MethodConfig):
     """Fields of sequential LoRA.
 
     Attributes:
-        rank: with ``residual_rank`` the rank: as many parameters as DualLoRA trains in a task, and A.
-        residual_rank: see ``rank``.
+        rank: r, rank of the adapter.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
     """
 
-    rank: int = 10
-    residual_rank: int = 10
+    rank: int = 20
     projections: Literal["kv", "qv", "qkv"] = "kv"
     first_adapted_layer: int | None = None
     learning_rate: float = 2e-3
@@ -39,9 +37,9 @@ class LoRA(Method):
 
     def __init__(self, backbone: Backbone, config: LoRAConfig, seed: int) -> None:
         super().__init__(backbone, config, seed)
-        generator, rank = self.generator(0), config.rank + config.residual_rank
+        generator = self.generator(0, purpose=1)
         self.attach(
             config.first_adapted_layer,
             config.projections,
-            lambda dim, out: LowRank(dim, out, rank, generator),
+            lambda dim, out: LowRank(dim, out, config.rank, generator),
         )

@@ -32,6 +32,7 @@ class NCM(Method):
 
     paper = "SimpleCIL: Zhou et al. 2023 (2303.07338)"
     stores = "normalised class means, class rows"
+    leaves = "its share of the pooled covariance"
     config: NCMConfig
 
     def extract(self, images: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class OLoRAConfig(MethodConfig):
         overlap: the orthogonality term sums absolute values (the released code) or squares (the paper).
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the pair, cosine to zero.
+        learning_rate: learning rate of the pair.
     """
 
     rank: int = 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ class RanPACConfig(MethodConfig):
         rank: rank of that LoRA.
         projections: which of q, k and v it adapts.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("random_features", "ridge")
@@ -47,6 +48,7 @@ class RanPAC(Method):
 
     paper = "RanPAC: McDonnell et al. 2023 (2307.02251)"
     stores = "sums G and Q of random features, class rows"
+    leaves = "its share of the pooled covariance, of G and of what a first session trained"
     config: RanPACConfig
 
     def __init__(self, backbone: Backbone, config: RanPACConfig, seed: int) -> None:
@@ -90,9 +92,22 @@ class RanPAC(Method):
         super().remember(task, features, labels)
         self.ridge.add(task.index, self.final(features), labels, len(task.classes))
 
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With a random solution of the regression."""
+        super().simulate(tasks)
+        self.ridge.simulate([len(task.classes) for task in tasks], self.generator(0, purpose=8))
+
     def head_logits(self, features: Tensor) -> Tensor:
         """Log-posterior over rows (n, R) of the ridge regression."""
         return self.ridge.log_q(self.final(features))
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """With the columns of Q and of the solution; G is a sum over all images and keeps their share."""
+        stays = self.rows.staying(task, kept)
+        images = int(self.rows.moments.count[~stays].sum())
+        super().forget(task, kept)
+        self.ridge.forget(task, stays, images, whole=not bool(kept.any()))
 
     def state(self) -> dict[str, Tensor]:
         """With the classifier's projection, sums and solution."""

@@ -30,7 +30,7 @@ class SDLoRAConfig(MethodConfig):
             magnitudes start anew in every task, so that the model jumps between tasks.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the pair and of all magnitudes, cosine to zero.
+        learning_rate: learning rate of the pair and of all magnitudes.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("magnitude",)
@@ -80,14 +80,16 @@ class SDLoRA(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The head, the newest pair, and each magnitude at a rate in proportion to its size.
 
-        Adam's steps do not grow with a parameter: a magnitude that took over a norm would hardly move.
+        Adam's steps do not grow with a parameter: a magnitude that took over a norm would hardly move. Those
+        of SGD do, so that there all have the same rate, as in the paper.
         """
         rate, pairs = self.config.learning_rate, [p for pair in self.pairs for p in pair.parameters()]
         groups = [super().parameter_groups()[0]]
         groups.append({"params": [p for p in pairs if p.requires_grad], "lr": rate})
         for magnitude in self.magnitudes:
             growth = abs(float(magnitude.detach())) / self.config.magnitude
-            groups.append({"params": [magnitude], "lr": rate * max(growth, 1.0)})
+            adaptive = self.config.optimizer != "sgd"
+            groups.append({"params": [magnitude], "lr": rate * max(growth, 1.0) if adaptive else rate})
         return groups
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:

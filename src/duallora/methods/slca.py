@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -76,13 +77,16 @@ class SLCA(Method):
         super().consolidate(task, loader)
         if task.index == 0:
             return
+        task_of = self.rows.task.unique(return_inverse=True)[1]  # a forgotten task has no logits
         age = (self.rows.task + 1) / (task.index + 1)  # (R,), 1 for the rows of this task
         refit(
             self.heads,
             self.gaussians.mean * (0.9 + 0.1 * age)[:, None],
             self.gaussians.factors(1e-4),
             partial(
-                normalised_cross_entropy, task=self.rows.task.to(self.device), norm=self.config.logit_norm
+                normalised_cross_entropy,
+                task=task_of.to(self.device),
+                norm=self.config.logit_norm,
             ),
             partial(torch.optim.SGD, lr=self.config.refit_learning_rate, momentum=0.9, weight_decay=5e-4),
             self.config.samples,
@@ -90,6 +94,17 @@ class SLCA(Method):
             self.config.samples,
             self.generator(task.index, purpose=1),
         )
+
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With Gaussians for every row."""
+        super().simulate(tasks)
+        self.gaussians.simulate(sum(len(task.classes) for task in tasks))
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """With the Gaussians of the classes."""
+        self.gaussians.forget(self.rows.staying(task, kept))
+        super().forget(task, kept)
 
     def state(self) -> dict[str, Tensor]:
         """With the Gaussians."""

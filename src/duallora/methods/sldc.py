@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -28,7 +29,7 @@ class SLDCConfig(MethodConfig):
         rank: r, rank of the one adapter that all tasks train.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of the adapter, cosine to zero.
+        learning_rate: learning rate of the adapter.
         gamma_kd: weight of the distance to the features of the model before the task.
         gamma_norm: weight of the distance to their norms.
         drift: how rows of earlier tasks follow the features: by a weakly nonlinear map, a linear one, or not.
@@ -150,6 +151,17 @@ class SLDC(Method):
         beside = ridge_map(before[:, dim:], after[:, dim:])
         means = torch.cat([moved.double(), mean[:, dim:] @ beside], 1)
         self.rows.move(torch.block_diag(pooled.T, beside), means)
+
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With Gaussians for every row."""
+        super().simulate(tasks)
+        self.gaussians.simulate(sum(len(task.classes) for task in tasks))
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """With the Gaussians of the classes."""
+        self.gaussians.forget(self.rows.staying(task, kept))
+        super().forget(task, kept)
 
     def state(self) -> dict[str, Tensor]:
         """With the Gaussians."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duallora import parallel
 from duallora.adapters.beside import kaiming
 from duallora.backbones import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
@@ -26,7 +28,7 @@ class SoRAConfig(MethodConfig):
             the gate shrinks by lambda times the learning rate of that step.
         projections: which of q, k and v are adapted.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: Adam's learning rate of A, B and the gate, cosine to zero.
+        learning_rate: learning rate of A, B and the gate.
     """
 
     rank: int = 20
@@ -109,15 +111,17 @@ class SoRA(Method):
         super().prepare(task, loader)
         if len(task.classes) == 1:
             return  # nothing will be trained
-        images = sum(len(batch.labels) for batch in loader())
+        images = int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))
         self.step, self.steps = 0, self.config.epochs * math.ceil(images / self.config.batch_size)
         generator = self.generator(task.index, purpose=1)
         for update in self.updates:
             update.open(self.config.rank, generator)
 
     def threshold(self, step: int) -> float:
-        """``lambda_s eta_s`` after step s, from 0: lambda rises linearly, eta is the training's cosine."""
-        rate = self.config.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+        """``lambda_s eta_s`` after step s, from 0: lambda rises linearly, eta is the training's rate."""
+        rate = self.config.learning_rate
+        if self.config.schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.config.sparsity * (step + 1) / self.steps * rate
 
     def after_step(self) -> None:
@@ -131,6 +135,13 @@ class SoRA(Method):
         for update in self.updates:
             update.prune()
         super().consolidate(task, loader)
+
+    @torch.no_grad()
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """With all ranks open, the most that can be left."""
+        for update in self.updates:
+            update.open(self.config.rank, self.generator(0, purpose=8))
+        super().simulate(tasks)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what ``state`` gave, each layer with the ranks that it kept."""

@@ -7,14 +7,15 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
+from duallora.streams.collection import UNSURE, Collection, Part, Request, StreamEntry
 from duallora.streams.split import split
 from duallora.streams.task import Stream
 
 DIGITS = "digits"
 DIGITS_TASKS = 5
+DIGITS_PAGE = "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits"
 DIGITS_AUGMENTATION = "crop"  # a mirrored digit is another sign
 
 _WHITE = 16
@@ -25,6 +26,8 @@ class DigitsDataset(Dataset[tuple[Image.Image, int]]):
 
     def __init__(self) -> None:
         """Reads the digits from the installed scikit-learn."""
+        from sklearn.datasets import load_digits  # here, because it takes a second
+
         data = load_digits()
         self.classes = [str(digit) for digit in range(10)]
         self.targets = [int(target) for target in data.target]
@@ -67,3 +70,25 @@ def digits(
         name=DIGITS,
     )
     return replace(stream, augmentation=DIGITS_AUGMENTATION)
+
+
+def load_digits_collection(request: Request) -> Collection:
+    """The digits, for the list of streams."""
+    return Collection(DIGITS, (Part("", DigitsDataset(), None),), DIGITS_AUGMENTATION)
+
+
+DIGITS_ENTRY = StreamEntry(
+    name=DIGITS,
+    summary="8 x 8 handwritten digits",
+    classes="10",
+    images="1,797 in all",
+    size="nothing",
+    licence=UNSURE,
+    load=load_digits_collection,
+    tasks=DIGITS_TASKS,
+    page=DIGITS_PAGE,
+    notes=(
+        "The images come with scikit-learn: nothing is to be fetched.",
+        "Every fifth image of a class is a test image.",
+    ),
+)

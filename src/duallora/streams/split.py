@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from duallora.errors import DualLoRAError
+from duallora.streams.sizes import Sizes, task_sizes
 from duallora.streams.task import Stream, Task, TaskDataset, as_task_dataset, positions_by_class
 
 _TEST_SHARE = 5
@@ -16,24 +17,31 @@ _TEST_SHARE = 5
 Positions = dict[str, list[int]]
 """Positions of the samples of every class, by class name."""
 
+OrderSeed = int | Literal["alphabetical"]
+Group = Callable[[str], str]
+"""The group that a class belongs to, by their names."""
+
 
 def split(
     dataset: Dataset[Any],
-    tasks: int = 10,
+    tasks: Sizes = 10,
     *,
     test: Dataset[Any] | None = None,
-    order_seed: int | Literal["alphabetical"] = 1993,
+    order_seed: OrderSeed = 1993,
     classes: int | None = None,
     train_per_class: int | None = None,
     holdout: int = 0,
     name: str = "split",
+    first_classes: int | None = None,
+    group: Group | None = None,
 ) -> Stream:
-    """Splits a data set into tasks of (nearly) equal numbers of classes.
+    """Splits a data set into tasks of some classes each.
 
     Args:
         dataset: training images: any map-style data set of (PIL image or tensor, class index) with a list
             ``classes``. With neither ``test`` nor ``holdout``, every fifth image of a class is a test image.
-        tasks: number of tasks; when it does not divide the classes, the first tasks get one more.
+        tasks: number of tasks; when it does not divide the classes, the first tasks get one more. Or the
+            number of classes of each task.
         test: test images, whose classes are matched by name.
         order_seed: the class order is ``numpy.random.RandomState(order_seed).permutation(C)``: position i
             is class ``order[i]`` of the sorted names; ``"alphabetical"`` keeps them sorted.
@@ -42,6 +50,8 @@ def split(
         holdout: test on so many training images of each class: those that follow the first
             ``train_per_class``, or the last ones where that is not given.
         name: name of the stream.
+        first_classes: the first task has so many classes, and the others share the rest equally.
+        group: the groups of classes come one after another, by name, and the order is taken within each.
 
     Returns:
         The stream of tasks ``task 1``, ``task 2``, ...
@@ -50,59 +60,116 @@ def split(
         DualLoRAError: a number is out of range, a class has no image to train on, a task none to test on,
             or the data sets do not fit together.
     """
-    _check_numbers(tasks, classes, train_per_class, holdout)
-    if test is not None and holdout:
-        raise DualLoRAError("holdout takes the test images from the training images: leave out the test set")
+    check_numbers(classes, train_per_class, holdout)
     train_view = as_task_dataset(dataset)
-    names = _first_names(train_view.classes, classes, tasks)
-    order = [names[i] for i in _order(len(names), order_seed)]
-    training = _positions(train_view)
-    if test is None:
-        test_view = train_view
-        training, testing = _separate(training, names, train_per_class, holdout)
-    else:
-        test_view = as_task_dataset(test)
-        _check_same_classes(train_view.classes, test_view.classes)
-        testing = _positions(test_view)
-    training = {n: training[n][:train_per_class] for n in names}
+    names = first_names(train_view.classes, classes)
+    sizes = task_sizes(len(names), tasks, first_classes)
+    order = class_order(names, order_seed, group)
+    training, test_view, testing = divide(train_view, test, names, train_per_class, holdout)
+    if test is not None:
+        check_known(train_view.classes, test_view.classes)
     made = []
-    for number, part in enumerate(np.array_split(np.arange(len(order)), tasks), start=1):
-        own = [order[i] for i in part]
+    for number, end in enumerate(np.cumsum(sizes).tolist(), start=1):
+        own = order[end - sizes[number - 1] : end]
         made.append(
-            Task(f"task {number}", _select(train_view, training, own), _select(test_view, testing, own))
+            Task(f"task {number}", select(train_view, training, own), select(test_view, testing, own))
         )
-    _check_images(made, training)
-    return Stream(name, tuple(made), tuple(order), order_seed)
+    check_images(made, training)
+    return Stream(
+        name, tuple(made), tuple(order), order_seed, order_rule=order_rule(names, order_seed, group)
+    )
 
 
-def _check_numbers(tasks: int, classes: int | None, train_per_class: int | None, holdout: int) -> None:
-    given = {"tasks": tasks, "classes": classes, "train_per_class": train_per_class}
-    for what, number in given.items():
+def check_numbers(classes: int | None, train_per_class: int | None, holdout: int) -> None:
+    """Refuses numbers out of range.
+
+    Raises:
+        DualLoRAError: naming the number.
+    """
+    for what, number in {"classes": classes, "train_per_class": train_per_class}.items():
         if number is not None and number < 1:
             raise DualLoRAError(f"{what} must be at least 1, not {number}")
     if holdout < 0:
         raise DualLoRAError(f"holdout must be 0 or more images a class, not {holdout}")
 
 
-def _first_names(classes: Sequence[str], number: int | None, tasks: int) -> list[str]:
+def first_names(classes: Sequence[str], number: int | None) -> list[str]:
+    """The first so many of the sorted names; None takes all.
+
+    Raises:
+        DualLoRAError: there are fewer.
+    """
     if number is not None and number > len(classes):
         raise DualLoRAError(f"{number} classes were asked for and the data set has {len(classes)}")
-    names = sorted(classes)[:number]
-    if tasks > len(names):
-        raise DualLoRAError(
-            f"{tasks} tasks need at least {tasks} classes, not {len(names)}: ask for fewer tasks"
-        )
-    return names
+    return sorted(classes)[:number]
 
 
-def _order(size: int, order_seed: int | str) -> list[int]:
-    if order_seed == "alphabetical":
-        return list(range(size))
-    if not isinstance(order_seed, int) or not 0 <= order_seed < 2**32:
+def class_order(names: Sequence[str], order_seed: int | str, group: Group | None = None) -> list[str]:
+    """The sorted names in the order in which they are learned; see ``order_rule``.
+
+    Raises:
+        DualLoRAError: the seed is not one.
+    """
+    if order_seed != "alphabetical" and (not isinstance(order_seed, int) or not 0 <= order_seed < 2**32):
         raise DualLoRAError(
             f'the order must be "alphabetical" or a number from 0 to 2**32 - 1, not {order_seed!r}'
         )
-    return [int(i) for i in np.random.RandomState(order_seed).permutation(size)]
+    order: list[str] = []
+    for own in _groups(names, group).values():
+        chosen = (
+            range(len(own))
+            if order_seed == "alphabetical"
+            else np.random.RandomState(int(order_seed)).permutation(len(own)).tolist()
+        )
+        order += [own[i] for i in chosen]
+    return order
+
+
+def order_rule(names: Sequence[str], order_seed: int | str, group: Group | None = None) -> str:
+    """Generator and direction of ``class_order`` in words."""
+    groups = _groups(names, group)
+    where = "" if len(groups) < 2 else f" within each of {len(groups)} groups of classes, one after another"
+    if order_seed == "alphabetical":
+        return f"the sorted class names{where}"
+    sizes = sorted({len(own) for own in groups.values()}, reverse=True)
+    return (
+        f"numpy.random.RandomState({order_seed}).permutation({' or '.join(map(str, sizes))}): position i is "
+        f"class order[i] of the sorted class names{where}"
+    )
+
+
+def divide(
+    train: TaskDataset,
+    test: Dataset[Any] | None,
+    names: Sequence[str],
+    train_per_class: int | None,
+    holdout: int,
+) -> tuple[Positions, TaskDataset, Positions]:
+    """Which images of each class to train and to test on.
+
+    Returns:
+        Positions in ``train``, the view to test on, and positions in it.
+
+    Raises:
+        DualLoRAError: there are a test set and ``holdout``, or a class has too few images to hold back.
+    """
+    training = _positions(train)
+    if test is None:
+        training, testing = _separate(training, names, train_per_class, holdout)
+        test_view = train
+    elif holdout:
+        raise DualLoRAError("holdout takes the test images from the training images: leave out the test set")
+    else:
+        test_view = as_task_dataset(test)
+        testing = _positions(test_view)
+    return {n: training[n][:train_per_class] for n in names}, test_view, testing
+
+
+def _groups(names: Sequence[str], group: Group | None) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault("" if group is None else group(name), []).append(name)
+    return {key: members[key] for key in sorted(members)}
 
 
 def _positions(view: TaskDataset) -> Positions:
@@ -130,7 +197,12 @@ def _separate(
     return training, testing
 
 
-def _check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
+def check_known(train: Sequence[str], test: Sequence[str]) -> None:
+    """Refuses classes to test on that are never taught.
+
+    Raises:
+        DualLoRAError: naming the first.
+    """
     unknown = sorted(set(test).difference(train))
     if unknown:
         raise DualLoRAError(
@@ -139,7 +211,12 @@ def _check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
         )
 
 
-def _check_images(tasks: Sequence[Task], training: Positions) -> None:
+def check_images(tasks: Sequence[Task], training: Positions) -> None:
+    """Refuses classes without images to train on, and tasks without images to test on.
+
+    Raises:
+        DualLoRAError: naming the first.
+    """
     for name, positions in training.items():
         if not positions:
             raise DualLoRAError(
@@ -153,7 +230,7 @@ def _check_images(tasks: Sequence[Task], training: Positions) -> None:
             )
 
 
-def _select(view: TaskDataset, positions: Positions, classes: Sequence[str]) -> TaskDataset:
+def select(view: TaskDataset, positions: Positions, classes: Sequence[str]) -> TaskDataset:
     """The samples of these classes in the view's order, with targets local to them."""
     local = {p: target for target, name in enumerate(classes) for p in positions.get(name, [])}
     chosen = view.subset(sorted(local))

@@ -92,6 +92,7 @@ class Stream:
         class_order: all class names, in the order in which they appear.
         order_seed: seed of that order, or ``"alphabetical"``.
         augmentation: the policy that suits these images, where the user names none.
+        order_rule: how ``class_order`` came about: generator and direction, in words.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Stream:
     class_order: tuple[str, ...]
     order_seed: int | str
     augmentation: str = "crop,flip"
+    order_rule: str = ""
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)
@@ -200,20 +202,21 @@ def positions_by_class(dataset: TaskDataset) -> list[list[int]]:
     return positions
 
 
-def hold_back(dataset: Dataset[Any]) -> tuple[TaskDataset, TaskDataset | None]:
+def hold_back(dataset: Dataset[Any], every: int = _SHARE_HELD_BACK) -> tuple[TaskDataset, TaskDataset | None]:
     """Holds every tenth image of each class back, which leaves classes of fewer than ten untouched.
 
     Args:
         dataset: as for ``as_task_dataset``.
+        every: another number in place of ten.
 
     Returns:
-        The images to train on, and those held back (None when no class has ten).
+        The images to train on, and those held back (None when no class has so many).
 
     Raises:
         DualLoRAError: as for ``as_task_dataset``.
     """
     view = as_task_dataset(dataset)
-    held = [i for p in positions_by_class(view) for i in p[_SHARE_HELD_BACK - 1 :: _SHARE_HELD_BACK]]
+    held = [i for p in positions_by_class(view) for i in p[every - 1 :: every]]
     if not held:
         return view, None
     kept = sorted(set(range(len(view))).difference(held))

@@ -1,0 +1,169 @@
+"""The page behind an address of this machine, and of no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duallora.app.uploads import Uploads
+from duallora.serving.guard import LOCAL_NAMES, is_local
+from duallora.serving.listening import listening
+
+if TYPE_CHECKING:
+    from duallora.commands.wishes import Wishes
+
+HOST = "127.0.0.1"
+_GRACE = 2  # seconds that open pages are waited for at the end
+# The page needs scripts and styles of its own, and pictures that lie in the HTML; nothing from elsewhere.
+_POLICY = (
+    b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    b"style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; frame-ancestors 'none'; "
+    b"form-action 'self'"
+)
+
+
+class LocalOnly:
+    """Outermost layer: answers to names of this machine alone, and to no page of another origin.
+
+    Without it a web page in the same browser could reach the model under a name of its own (DNS rebinding),
+    or send it a lesson.
+
+    Args:
+        app: what is guarded.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers a request, or refuses it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if name not in LOCAL_NAMES and not is_local(name):
+            await _refuse(send, 421, "this page answers to names of this machine alone.")
+        elif origin and origin != f"http://{host}":
+            await _refuse(send, 403, "this page takes nothing from other pages.")
+        else:
+            await self.app(scope, receive, _guarded(send))
+
+
+def serve(folder: Path, wishes: Wishes, port: int, tell: Callable[[str], None], open_: bool) -> None:
+    """Shows the page until the process is asked to end.
+
+    Args:
+        folder: of the model, which need not be there yet.
+        wishes: what the command line said of the model.
+        port: to listen at; 0 takes a free one.
+        tell: gets the line that says where the page is.
+        open_: whether a browser is opened at it.
+
+    Raises:
+        DualLoRAError: the port is taken, or the folder holds no sound model and something else.
+    """
+    with listening(HOST, port) as listener, _ending_in_order(), Uploads() as uploads:
+        # Gradio reads these when it is imported and when its components are made.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+        from duallora.app.session import Session
+
+        session = Session(folder, wishes, uploads)
+        try:
+            session.newest()
+            application = create_app(session)
+            address = f"http://{HOST}:{listener.getsockname()[1]}"
+            tell(f"page for {folder} at {address}; Ctrl-C ends it")
+            if open_:
+                import webbrowser
+
+                webbrowser.open(address)
+            uploads.start_sweeping()
+            _run(application, listener)
+        finally:
+            session.close()
+
+
+def create_app(session: Any) -> Any:
+    """The page as an ASGI application.
+
+    Args:
+        session: the model.
+    """
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from duallora.app import page
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        app,
+        page.build(session),
+        path="/",
+        server_name=HOST,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+        show_error=True,
+        theme=page.theme(),
+        css=page.style(),
+        js=page.LIVE,
+    )
+    app.add_middleware(LocalOnly)
+    return app
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Inside, SIGTERM and the end of the terminal raise SystemExit: the copies have to be deleted."""
+    # uvicorn handles SIGTERM while it runs, and sends it on when it has ended.
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is what nohup asks for
+        hang_up = signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        before[signal.SIGHUP] = hang_up
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(application: Any, listener: socket.socket) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        application, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _guarded(send: Any) -> Any:
+    async def guarded(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            own = [
+                (b"content-security-policy", _POLICY),
+                (b"x-content-type-options", b"nosniff"),
+                (b"referrer-policy", b"no-referrer"),
+            ]
+            message["headers"] = [*message["headers"], *own]
+        await send(message)
+
+    return guarded
+
+
+async def _refuse(send: Any, status: int, sentence: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": sentence.encode()})

@@ -1,0 +1,1 @@
+"""What the methods cost beside the frozen backbone and plain LoRA: time, memory, bytes and operations."""

@@ -1,0 +1,93 @@
+"""States and tasks that stand for learned ones in measurements: random numbers of the right shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from duallora.backbones import Backbone
+from duallora.compute import Machine
+from duallora.learner import ContinualLearner
+from duallora.methods import METHODS, Batch, Loader, MethodConfig, TaskInfo, method_name
+from duallora.outputs import TaskRecord
+from duallora.train import EVALUATION_BATCH
+
+NEVER = "1970-01-01T00:00:00+00:00"
+"""When a synthetic task was learned."""
+
+
+def simulated_learner(
+    backbone: Backbone,
+    config: MethodConfig,
+    tasks: int,
+    classes: int = 10,
+    *,
+    device: str | Machine = "cpu",
+) -> ContinualLearner:
+    """A learner as if it had learned so many tasks, filled with random bases, heads and rows.
+
+    What it says means nothing, but it takes the time, the memory and the bytes of a learned one.
+
+    Args:
+        backbone: frozen, not taken by another learner.
+        config: of the method.
+        tasks: T; a method that learns all tasks at once gets one with the classes of all. 0 leaves it new.
+        classes: of each task.
+        device: where it computes.
+
+    Returns:
+        The learner; its tasks are named ``synthetic 1`` and so on.
+    """
+    learner = ContinualLearner(backbone, config, device=device)
+    if METHODS[method_name(config)].method.all_at_once and tasks:
+        tasks, classes = 1, tasks * classes
+    infos = [task_info(index, classes) for index in range(tasks)]
+    if infos:
+        learner.method.simulate(infos)
+    for info in infos:
+        learner.tasks.append(TaskRecord(info.name, info.classes, NEVER, 0, 0.0, 0.0, 0.0, 0, 0, None, None))
+        learner.classes.extend(info.classes)
+    return learner
+
+
+def task_info(index: int, classes: int) -> TaskInfo:
+    """A synthetic task by its index, from 0."""
+    name = f"synthetic {index + 1}"
+    return TaskInfo(index, name, tuple(f"{name}, class {k + 1}" for k in range(classes)))
+
+
+class RandomTask:
+    """Random images of a task, already where they are computed on: nothing is decoded or moved.
+
+    Args:
+        info: the task.
+        count: number of images; labels go round the classes.
+        size: (channels, height, width).
+        device: where they lie.
+
+    Attributes:
+        passes: how often the images were gone through.
+    """
+
+    def __init__(self, info: TaskInfo, count: int, size: tuple[int, ...], device: torch.device) -> None:
+        self.info, self.passes = info, 0
+        generator = torch.Generator().manual_seed(info.index)
+        self.images = torch.randn(count, *size, generator=generator).to(device)
+        self.labels = torch.arange(count, device=device) % len(info.classes)
+
+    def batch(self, start: int, size: int) -> Batch:
+        """``size`` images from ``start`` on, round and round."""
+        where = torch.arange(start, start + size, device=self.labels.device) % len(self.labels)
+        return Batch(self.images[where], self.labels[where], where)
+
+    @property
+    def loader(self) -> Loader:
+        """The images in order, as the passes of a method take them."""
+
+        def one() -> Iterator[Batch]:
+            self.passes += 1
+            for start in range(0, len(self.labels), EVALUATION_BATCH):
+                yield self.batch(start, min(EVALUATION_BATCH, len(self.labels) - start))
+
+        return one

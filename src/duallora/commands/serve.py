@@ -1,0 +1,74 @@
+"""``duallora serve``: a saved model behind an address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from duallora.commands import console
+from duallora.commands.ranges import require_range
+from duallora.errors import DualLoRAError
+from duallora.serving.limits import Limits
+
+_NEEDED = ("fastapi", "uvicorn", "python_multipart")
+
+
+def serve(
+    model: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: Path | None = None,
+    limits: Limits = Limits(),
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+) -> None:
+    """Answer requests with images over HTTP; a new state of the model is picked up, none can be taught.
+
+    Args:
+        model: folder of the saved model
+        host: address to listen at; any but this machine's own needs --token-file
+        port: to listen at; 0 takes a free one and says which
+        token_file: file with the token that requests have to carry
+        limits: what a request may ask
+        device: where to compute
+    """
+    require_range("--port", port, 0, 65535)
+    _require_libraries()
+
+    from duallora.serving.guard import is_local, read_token
+
+    token = None if token_file is None else read_token(token_file)
+    if token is None and not is_local(host):
+        raise DualLoRAError(
+            f"--host {host} can be reached from other machines; give --token-file as well, or listen at "
+            "127.0.0.1."
+        )
+
+    import uvicorn
+
+    from duallora.serving.app import create_app
+    from duallora.serving.listening import listening
+    from duallora.serving.model_watch import ModelWatch
+
+    with listening(host, port) as listener:
+        watch = ModelWatch(model, device, lambda text: console.line(f"duallora: {text}", stderr=True))
+        app = create_app(watch, limits, token, local=token is None)
+        address, number = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        console.line(f"serving {model} at http://{shown}:{number} (what it takes: /docs); Ctrl-C ends it")
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(limits.timeout) + 1,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _require_libraries() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        name = missing[0].replace("_", "-")
+        raise DualLoRAError(f"{name} is missing; it comes with `pip install 'duallora[serve]'`.")

@@ -1,0 +1,47 @@
+"""A running page in a process of its own, and a headless Chromium that looks at it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ENTRY = "from duallora.cli import main; raise SystemExit(main())"
+CHROMIUM = shutil.which("chromium")
+# A container's shared memory may be too small for what Chromium puts there.
+ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage"]
+NO_CHROMIUM = "no chromium: install Debian's package chromium"
+
+
+@contextmanager
+def running_app(
+    model: Path, *options: str, environment: Mapping[str, str] = {}
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """``duallora app MODEL --port 0``; gives its address and the process."""
+    words = [sys.executable, "-u", "-c", ENTRY, "app", str(model), "--port", "0", *options]
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        said = process.stdout.readline().strip()
+        found = re.fullmatch(rf"page for {re.escape(str(model))} at (http://127\.0\.0\.1:\d+); .*", said)
+        assert found, said + process.stderr.read()
+        yield found[1], process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,153 @@
+"""Makes the pictures of `docs/app.md`: teaches handwritten digits on the page and photographs its views.
+
+    python tools/app_pictures.py                 # docs/images/app-*.png
+    python tools/app_pictures.py --all FOLDER    # also in dark mode and in a narrow window, to look at
+
+It needs the extra `app`, playwright, and Debian's chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+from sklearn.datasets import load_digits
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LESSONS = (("three", "five", "nine"), ("one", "two", "eight"))
+WIDE, NARROW = {"width": 1060, "height": 800}, {"width": 390, "height": 800}
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "images"
+TASKS = ("teach", "learned", "try", "look")
+
+
+def main() -> None:
+    """Runs the script."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", type=Path, help="folder for the views in dark mode and in a narrow window")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        images = write_digits(Path(folder) / "digits")
+        expect.set_options(timeout=200_000)
+        with running(Path(folder) / "numbers") as address, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-dev-shm-usage"]
+            )
+            page = browser.new_page(viewport=WIDE, color_scheme="light")
+            for name in TASKS:
+                VIEWS[name](page, address, images)
+                save(page, DOCS / f"app-{name}.png")
+                for kind in ("dark", "narrow", "narrow-dark") if arguments.all else ():
+                    page.set_viewport_size(NARROW if "narrow" in kind else WIDE)
+                    dark(page, "dark" in kind)
+                    save(page, arguments.all / f"{name}-{kind}.png")
+                page.set_viewport_size(WIDE)
+                dark(page, False)
+            browser.close()
+
+
+def write_digits(folder: Path, each: int = 15) -> Path:
+    """Digits of scikit-learn, enlarged, in folders named in words, and two files that a check finds."""
+    digits = load_digits()
+    for value, name in enumerate(NAMES):
+        (folder / name).mkdir(parents=True)
+        for number, pixels in enumerate(digits.images[digits.target == value][:each]):
+            grey = Image.fromarray((255 - pixels * 15.9).clip(0, 255).astype(np.uint8))
+            grey.resize((64, 64), Image.Resampling.BICUBIC).save(folder / name / f"{name}-{number:02d}.png")
+    (folder / "eight" / "notes.png").write_text("not an image")
+    shutil.copy(folder / "two" / "two-03.png", folder / "one" / "scan.png")
+    return folder
+
+
+@contextmanager
+def running(model: Path) -> Iterator[str]:
+    """The page of a new model with residual adapters; gives its address."""
+    entry = "from duallora.cli import main; raise SystemExit(main())"
+    options = ["--port", "0", "--epochs", "2", "--method.residual", "own"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", entry, "app", str(model), *options], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield re.findall(r"http://[0-9.:]+", process.stdout.readline())[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def teach(page: Page, address: str, images: Path) -> None:
+    """The view Teach with a second lesson that is checked and not yet learned."""
+    page.goto(address)
+    add(page, images, LESSONS[0])
+    page.get_by_role("button", name="Learn", exact=True).click()
+    expect(page.locator("#learned")).to_contain_text("is learned")
+    page.reload()
+    add(page, images, LESSONS[1])
+    page.get_by_text("cannot be read").click()
+    page.get_by_text("given to two classes").click()
+
+
+def learned(page: Page, address: str, images: Path) -> None:
+    """The same view after the lesson."""
+    page.get_by_label("Name of the lesson").fill("1, 2 and 8")
+    page.get_by_role("button", name="Learn", exact=True).click()
+    expect(page.locator("#learned")).to_contain_text("is learned")
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    page.locator("#learned").scroll_into_view_if_needed()
+
+
+def attempt(page: Page, address: str, images: Path) -> None:
+    """The view Try with a picture and a folder."""
+    page.get_by_role("tab", name="Try").click()
+    page.locator("#picture input[type=file]").set_input_files(str(images / "nine" / "nine-14.png"))
+    expect(page.locator("#answer")).to_contain_text("Familiarity")
+    some = [images / name / f"{name}-1{number}.png" for number, name in enumerate(("one", "two", "four"))]
+    page.locator("#try-files input[type=file]").set_input_files([str(path) for path in some])
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="Answer all").click()
+    expect(page.locator("#answers")).to_contain_text("3 images answered")
+
+
+def look(page: Page, address: str, images: Path) -> None:
+    """The view Look."""
+    page.get_by_role("tab", name="Look").click()
+    expect(page.locator("#look")).to_contain_text("Bytes of each part")
+
+
+def add(page: Page, images: Path, names: tuple[str, ...]) -> None:
+    """Adds classes and waits for the check."""
+    for name in names:
+        page.get_by_label("Class name").fill(name)
+        page.locator("#class-folder").get_by_label("Path: a folder").fill(str(images / name))
+        page.get_by_role("button", name="Add class").click()
+        expect(page.locator("#check")).to_contain_text(name)
+
+
+def dark(page: Page, on: bool) -> None:
+    """Switches the mode as the browser's setting does."""
+    page.evaluate("on => document.body.classList.toggle('dark', on)", on)
+    page.wait_for_timeout(200)
+
+
+def save(page: Page, file: Path) -> None:
+    """Photographs the whole page."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(300)
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    picture.save(file, optimize=True)
+
+
+VIEWS = {"teach": teach, "learned": learned, "try": attempt, "look": look}
+
+if __name__ == "__main__":
+    main()
