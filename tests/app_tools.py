@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ENTRY = "from duallora.cli import main; raise SystemExit(main())"
@@ -17,6 +17,17 @@ CHROMIUM = shutil.which("chromium")
 # A container's shared memory may be too small for what Chromium puts there.
 ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage"]
 NO_CHROMIUM = "no chromium: install Debian's package chromium"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Files with content, while the program may be deleting them and their folders."""
+    found = []
+    for parent, _, names in os.walk(folder):  # passes over a folder that has gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                if (Path(parent) / name).stat().st_size:
+                    found.append(Path(parent) / name)
+    return found
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class SlowModel:
     def answer(self, images: torch.Tensor, top: int) -> list[Prediction]:
         self.passes.append(len(images))
         self.entered.set()
-        assert self.let.wait(30)
+        assert self.let.wait(300)
         if bool((images == 255).all(3).all(2).all(1).any()):
             raise RuntimeError("a white image breaks this model")
         classes = tuple((f"{self.generation} {k}", 1 / (k + 2)) for k in range(max(top, 1)))
@@ -80,7 +80,8 @@ class Fixed:
 def running(source: Source, limits: Limits | None = None, token: str | None = None) -> Iterator[str]:
     """A real server on a free port in a thread; gives its address."""
     app = create_app(source, limits, token, local=token is None)
-    config = uvicorn.Config(app, port=0, log_level="error", access_log=False)
+    # A connection that idles while a test waits is not closed in the moment in which it is used again.
+    config = uvicorn.Config(app, port=0, log_level="error", access_log=False, timeout_keep_alive=3600)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -91,5 +92,5 @@ def running(source: Source, limits: Limits | None = None, token: str | None = No
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(300)
         assert not thread.is_alive()

@@ -71,7 +71,7 @@ def held(until: threading.Event | None = None) -> Iterator[tuple[threading.Event
 
     def waiting(progress: Watched) -> None:
         reached.set()
-        assert (until or progress.stopping).wait(60)
+        assert (until or progress.stopping).wait(300)
         step(progress)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +164,7 @@ def test_a_lesson_refuses_a_name_that_is_taken_and_a_second_one_at_a_time(
         session.teach(Check((), ()))
     with held(until=threading.Event()) as (reached, until):
         first = session.teach(pets)
-        assert reached.wait(60)
+        assert reached.wait(300)
         with pytest.raises(DualLoRAError, match="being changed"):
             session.teach(pets)
         with pytest.raises(DualLoRAError, match="lesson is being learned"):
@@ -183,7 +183,7 @@ def test_a_stopped_lesson_leaves_everything_as_it_was(session: Session, tmp_path
     before = on_disk(session.folder)
     with held() as (reached, _):
         teaching = session.teach(draft_of(pets))
-        assert reached.wait(60)
+        assert reached.wait(300)
         teaching.stop()
         teaching.join()
     assert teaching.taught is None and teaching.error == "stopped; the model is as it was."
@@ -212,7 +212,7 @@ def test_a_stop_before_the_first_lesson_leaves_no_folder(session: Session, tmp_p
     stopped = threading.Event()
 
     def work(progress: Any) -> Taught:
-        stopped.wait(10)
+        stopped.wait(300)
         return session._learn(pets.divided(), "pets", progress)
 
     teaching = Teaching("pets", work)
@@ -432,7 +432,7 @@ def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
     (tmp_path / "tmp").mkdir()
     environment = {"TMPDIR": str(tmp_path / "tmp")}
     with running_app(tmp_path / "model", environment=environment) as (address, process):
-        client = httpx.Client(timeout=60)
+        client = httpx.Client(timeout=300)
         page = client.get(address)
         assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
         assert client.get(address, headers={"Host": "evil.example"}).status_code == 421
@@ -445,7 +445,7 @@ def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
         assert sent.status_code == 200 and Path(sent.json()[0]).is_relative_to(tmp_path / "tmp")
         assert client.get(f"{address}/gradio_api/info").status_code in (200, 404)
         process.send_signal(number)
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         assert process.stderr is not None and process.stderr.read() == ""
     assert list((tmp_path / "tmp").glob("duallora-app-*")) == []
     assert not (tmp_path / "model").exists()
@@ -455,6 +455,6 @@ def test_interrupting_the_command(tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="the extra app is not installed")
     with running_app(tmp_path / "model") as (_, process):
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
         assert process.stderr is not None
         assert process.stderr.read() == "duallora: interrupted; every saved file is whole.\n"

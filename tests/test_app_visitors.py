@@ -23,6 +23,7 @@ pytest.importorskip("gradio", reason="the extra app is not installed")
 
 import gradio as gr
 
+from app_tools import files_below
 from command_line import Call, caller, images, use_tiny_backbone
 from duallora import DualLoRAError, checkpoint
 from duallora.app import ask, twins
@@ -30,6 +31,7 @@ from duallora.app.intake import Draft
 from duallora.app.session import Answer, Session
 from duallora.app.shell import Shell
 from duallora.app.teach import Teach
+from duallora.app.teaching import Watched
 from duallora.app.uploads import OLD, Uploads, files_of, named_folder
 from duallora.commands.choice import MethodChoice
 from duallora.commands.wishes import Wishes
@@ -89,7 +91,7 @@ def png(number: int = 0) -> bytes:
 
 
 def kept(uploads: Uploads) -> list[str]:
-    return sorted(path.name for path in uploads.folder.rglob("*") if path.is_file())
+    return sorted(path.name for path in files_below(uploads.folder))
 
 
 def aged(path: Path) -> None:
@@ -149,7 +151,7 @@ def test_sweeping_goes_on_by_itself_until_the_end(uploads: Uploads, monkeypatch:
     monkeypatch.setattr("duallora.app.uploads._BETWEEN", 0.01)
     aged(Path(sent(uploads, 1)["path"]))
     uploads.start_sweeping()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while kept(uploads) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert kept(uploads) == []
@@ -164,7 +166,16 @@ def gave(teach: Teach, uploads: Uploads, name: str, first: int, who: Any = A) ->
     teach.on_add(name, [sent(uploads, first + i) for i in range(4)], "", "", who)
 
 
-def test_only_what_was_taught_leaves_the_draft(teach: Teach, uploads: Uploads) -> None:
+def test_only_what_was_taught_leaves_the_draft(
+    teach: Teach, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, step = threading.Event(), Watched.begin_step
+
+    def waiting(progress: Watched) -> None:
+        assert given.wait(300)
+        step(progress)
+
+    monkeypatch.setattr(Watched, "begin_step", waiting)
     gave(teach, uploads, "ash", 0)
     gave(teach, uploads, "beech", 10)
     gave(teach, uploads, "elm", 20, B)
@@ -172,6 +183,7 @@ def test_only_what_was_taught_leaves_the_draft(teach: Teach, uploads: Uploads) -
     lesson = teach.on_learn("", A)
     next(lesson)
     gave(teach, uploads, "cedar", 30)  # while it runs
+    given.set()
     other = list(teach.on_load(B))  # a page that was loaded meanwhile
     end = list(lesson)[-1]
     assert "is learned" in end[0] and end[4] == "" and "cedar" in end[6] and "ash" not in end[6]
@@ -189,14 +201,14 @@ def test_a_page_closed_during_a_lesson_that_fails_leaves_no_copies(
 
     def fails(*_: Any) -> None:
         started.set()
-        assert closed.wait(60)
+        assert closed.wait(300)
         raise DualLoRAError("no more.")
 
     monkeypatch.setattr(teach.session, "_learn", fails)
     gave(teach, uploads, "ash", 0)
     lesson = teach.on_learn("", A)
     next(lesson)
-    assert started.wait(60)
+    assert started.wait(300)
     teach.shell.visitors.leave("a")
     assert len(kept(uploads)) == 4
     closed.set()

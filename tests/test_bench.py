@@ -73,7 +73,7 @@ def test_wrong_words_are_refused(call: Call, tmp_path: Path, words: list[str], p
 
 
 def test_medians_are_of_every_call() -> None:
-    calls = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.02)}
+    calls = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.2)}
     found = medians(calls, CPU, 3, shortest=0.0)
     assert 0.001 <= found["short"] < found["long"]
 

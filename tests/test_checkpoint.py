@@ -408,7 +408,7 @@ def test_a_second_writer_is_refused_and_a_killed_one_does_not_block(model: Path)
     def hold() -> None:
         with checkpoint.exclusive(model):
             tell.send(True)
-            time.sleep(60)
+            time.sleep(600)
 
     process = FORK.Process(target=hold)
     process.start()

@@ -571,7 +571,7 @@ def test_two_jobs_run_at_a_time_and_share_the_threads(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     # Each of the first two waits for the other; the third would see neither's file if it began with them.
-    wait = "i=0; while [ ! -e {other} ] && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; [ -e {other} ]"
+    wait = "i=0; while [ ! -e {other} ] && [ $i -lt 6000 ]; do sleep 0.05; i=$((i+1)); done; [ -e {other} ]"
     first = stub("touch a; echo $OMP_NUM_THREADS; " + wait.format(other="b"))
     second = stub("touch b; " + wait.format(other="a"))
     third = stub("[ -e a ] && [ -e b ]")
@@ -588,18 +588,20 @@ def test_no_process_outlives_an_interruption(
     stub: Callable[[str], Job], tmp_path: Path, error: type[BaseException] | signal.Signals
 ) -> None:
     jobs = [
-        stub("echo $$ > first; exec sleep 60"),
-        stub("echo $$ > second; exec sleep 60"),
+        stub("echo $$ > first; exec sleep 600"),
+        stub("echo $$ > second; exec sleep 600"),
         stub("touch third"),
     ]
 
+    def written(number: Path) -> bool:
+        return number.exists() and number.read_text().endswith("\n")
+
     def interrupt(said: str) -> None:
         if said.startswith("job 1"):
-            end = time.monotonic() + 20
-            while not all((tmp_path / name).exists() for name in ("first", "second")):
+            end = time.monotonic() + 300
+            while not all(written(tmp_path / name) for name in ("first", "second")):
                 assert time.monotonic() < end
                 time.sleep(0.02)
-            time.sleep(0.2)  # the numbers are written by then
             if isinstance(error, signal.Signals):
                 signal.raise_signal(error)
                 raise AssertionError("the signal was ignored")

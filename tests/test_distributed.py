@@ -23,18 +23,20 @@ FOUR = ["--classes", "4", "--train-per-class", "21"]  # 84 images: no multiple o
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def duallora(*words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def duallora(
+    *words: str, before: tuple[str, ...] = (), entry: tuple[str, ...] = ("-m", "duallora")
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *before, "-m", "duallora", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    command = [sys.executable, *before, *entry, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
 
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    return duallora(*words, before=TORCHRUN)
+def torchrun(*words: str, entry: tuple[str, ...] = ("-m", "duallora")) -> subprocess.CompletedProcess[str]:
+    return duallora(*words, before=TORCHRUN, entry=entry)
 
 
 def finished(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -75,12 +77,32 @@ def test_the_whole_digits_run_is_that_of_one_process(tmp_path: Path) -> None:
     assert stored[0] == stored[1]
 
 
+# The second task waits to be interrupted: whoever does so may be late.
+WAITING = """
+import sys, time
+from duallora import ContinualLearner
+from duallora.cli import main
+
+learn = ContinualLearner.learn
+
+def waiting(learner, *given, **named):
+    if learner.tasks:
+        time.sleep(600)
+    return learn(learner, *given, **named)
+
+ContinualLearner.learn = waiting
+sys.exit(main())
+"""
+
+
 def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     words = [*RUN, *FOUR, "--tasks", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
     whole = [*words[:-1], str(tmp_path / "whole")]
     finished(duallora(*whole))
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
     started = subprocess.Popen(
-        [sys.executable, *TORCHRUN, "-m", "duallora", *words],
+        [sys.executable, *TORCHRUN, str(script), *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -90,7 +112,7 @@ def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path: P
     while not model.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     started.terminate()
-    started.wait(timeout=60)
+    started.wait(timeout=300)
     assert model.exists() and not (tmp_path / "run" / "results.json").exists()
     done = finished(duallora(*words))
     assert "resuming after task" in done.stderr
@@ -124,10 +146,28 @@ def test_every_optimiser_step_sums_the_pieces_of_a_batch(tmp_path: Path) -> None
     assert same_logits(tmp_path / "one", tmp_path / "pieces", 4) < 1e-3
 
 
+# torchrun stops the others when one has failed: each waits until all have said why.
+SAYING = """
+import os, sys, time
+from pathlib import Path
+from duallora.cli import main
+
+said, code = Path(sys.argv.pop(1)), main()
+(said / os.environ["RANK"]).touch()
+while len(list(said.iterdir())) < 2:
+    time.sleep(0.05)
+sys.exit(code)
+"""
+
+
 def test_what_the_first_process_refuses_ends_all_with_its_sentence(tmp_path: Path) -> None:
+    script, said = tmp_path / "saying.py", tmp_path / "said"
+    script.write_text(SAYING)
+    said.mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")  # only the first process looks at whose the folder is
-    done = torchrun(*RUN, *FOUR, "--tasks", "2", "--out", str(tmp_path / "run"))
+    words = [*RUN, *FOUR, "--tasks", "2", "--out", str(tmp_path / "run")]
+    done = torchrun(*words, entry=(str(script), str(said)))
     assert done.returncode != 0
     assert done.stderr.count("belongs to another run") == 2
     assert "internal error" not in done.stderr
@@ -169,7 +209,7 @@ def test_processes_take_turns_and_fail_together(tmp_path: Path) -> None:
     script = tmp_path / "together.py"
     script.write_text(TOGETHER, encoding="utf-8")
     command = [sys.executable, *TORCHRUN, str(script), str(tmp_path)]
-    finished(subprocess.run(command, capture_output=True, text=True, check=False, timeout=300))
+    finished(subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800))
     said = [(tmp_path / str(rank)).read_text(encoding="utf-8").split("; ") for rank in (0, 1)]
     sentences = ["0 cannot: größer", "1 cannot: größer", "0 cannot: größer"]
     assert said == [["False", *sentences], ["True", *sentences]]

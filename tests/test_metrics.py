@@ -171,6 +171,7 @@ def triangles(draw):
     return rows
 
 
+@settings(deadline=None)
 @given(triangles())
 def test_bounds(rows):
     figures = metrics.summary(rows, None)
@@ -184,6 +185,7 @@ def test_bounds(rows):
     assert min(figures["incremental_accuracy"]) - 1e-12 <= figures["average_incremental_accuracy"]
 
 
+@settings(deadline=None)
 @given(triangles())
 def test_equal_tasks_weigh_the_same_either_way(rows):
     same = [[Hits(50, h.label, h.given_task, h.row, h.task) for h in row] for row in rows]
@@ -191,6 +193,7 @@ def test_equal_tasks_weigh_the_same_either_way(rows):
     assert metrics.accuracy(last) == pytest.approx(metrics.task_mean_accuracy(last))
 
 
+@settings(deadline=None)
 @given(triangles())
 def test_an_unchanged_last_row_forgets_nothing(rows):
     final = rows[-1]

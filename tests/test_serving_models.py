@@ -182,6 +182,7 @@ def test_files_that_come_late_are_taken_later(
     call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that is copied: model.json first, its weights after the look."""
+    monkeypatch.setattr("duallora.serving.model_watch._RETRY", 3600.0)
     shutil.copytree(model, tmp_path / "copy")
     weights = learn_more(model)
     watch = ModelWatch(tmp_path / "copy", "cpu")
@@ -200,11 +201,11 @@ def test_no_request_is_lost_while_generations_change(call: Call, model: Path) ->
     """Clients ask on and on while the model learns, is undone, breaks and forgets."""
     watch = ModelWatch(model, "cpu", interval=0.02)
     generations: set[str] = set()
-    with running(watch, Limits(queue=64)) as address:
+    with running(watch, Limits(queue=64, timeout=300)) as address:
         stop, lost, answered = threading.Event(), [], [0]
 
         def ask(seed: int) -> None:
-            with httpx.Client(base_url=address, timeout=60) as client:
+            with httpx.Client(base_url=address, timeout=300) as client:
                 while not stop.is_set():
                     response = client.post("/predict", content=picture(seed))
                     if response.status_code != 200:
@@ -216,6 +217,7 @@ def test_no_request_is_lost_while_generations_change(call: Call, model: Path) ->
         for each in clients:
             each.start()
         first = watch.current.generation
+        _until(lambda: first in generations)
         for change in (lambda: learn_more(model), lambda: checkpoint.undo(model), lambda: learn_more(model)):
             change()
             wanted = checkpoint.read_manifest(model)["weights"]
@@ -226,13 +228,13 @@ def test_no_request_is_lost_while_generations_change(call: Call, model: Path) ->
         _until(lambda: answered[0] > before + 8)
         stop.set()
         for each in clients:
-            each.join(60)
+            each.join(300)
         assert lost == []
         assert generations == {first, watch.current.generation}
         assert watch.taken == 3
 
 
-def _until(condition: object, seconds: float = 60) -> None:
+def _until(condition: object, seconds: float = 300) -> None:
     end = threading.Event()
     for _ in range(int(seconds / 0.02)):
         if condition():  # type: ignore[operator]
@@ -296,6 +298,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
     learner.save(tmp_path / "model")
     (tmp_path / "token").write_text("0123456789abcdef")
     words = ["serve", tmp_path / "model", "--port", 0, "--token-file", tmp_path / "token", "--max-images", 2]
+    words += ["--timeout", 300]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", entry, *map(str, words)],
         text=True,
@@ -317,7 +320,7 @@ def test_the_command_serves_until_it_is_stopped(served: tuple[str, subprocess.Po
 
     address, process, folder = served
     headers = {"Authorization": "Bearer 0123456789abcdef"}
-    with httpx.Client(base_url=address, timeout=60) as client:
+    with httpx.Client(base_url=address, timeout=300) as client:
         assert client.get("/health").json()["status"] == "ok"
         assert client.post("/predict", content=picture()).status_code == 401
         assert client.post("/predict", content=picture(), headers=headers).status_code == 200
@@ -329,7 +332,7 @@ def test_the_command_serves_until_it_is_stopped(served: tuple[str, subprocess.Po
         wanted = checkpoint.read_manifest(folder)["weights"]
         _until(lambda: client.get("/health").json()["generation"] == wanted)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.splitlines() == [
         f"duallora: now serving {wanted}",

@@ -169,11 +169,11 @@ def test_augmentation_is_cheap() -> None:
     augment, image = Augmentation(INFO), picture(64, 64)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # others may keep the processor busy
         for index in range(200):
             augment(image, 0, index)
-        seconds.append((time.perf_counter() - start) / 200)
-    assert min(seconds) < 2e-3  # usually below 1e-4; the bound leaves room for a busy machine
+        seconds.append((time.process_time() - start) / 200)
+    assert min(seconds) < 2e-3  # usually below 1e-4; the bound leaves room for a slow machine
 
 
 def test_squash_resizes_without_keeping_the_aspect_ratio() -> None:
