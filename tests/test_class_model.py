@@ -65,7 +65,8 @@ def test_several_tasks_give_the_solution_of_all_images_at_once() -> None:
         first += classes
     at_once = learned([(features, torch.cat(labels), first)], ridge=0.5)
     assert_close(model.weight, at_once.weight, rtol=1e-6, atol=1e-6)
-    assert_close(model.gram, at_once.gram, rtol=1e-12, atol=1e-9)
+    # The random features are fp32, and round by the number of images that are lifted at once.
+    assert_close(model.gram, at_once.gram, rtol=0, atol=1e-6 * float(at_once.gram.abs().max()))
 
 
 def test_posterior_is_a_softmax_of_the_scores() -> None:

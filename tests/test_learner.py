@@ -60,8 +60,9 @@ def test_images_tensors_and_paths_are_the_same(learner: ContinualLearner, tmp_pa
     image = three_tasks()[1].images[0]
     path = tmp_path / "an image.png"
     to_image(image).save(path)
-    found = learner.predict([image, image.float() / 255, to_image(image), path, str(path)])
-    assert [p.path for p in found] == [None, None, None, str(path), str(path)]
+    given = [image, image.float() / 255, to_image(image), path, str(path)]
+    assert [p.path for p in learner.predict(given)] == [None, None, None, str(path), str(path)]
+    found = [learner.predict([one])[0] for one in given]  # the place in a batch may change the last bit
     for other in found[1:]:
         assert replace(other, path=None).top == found[0].top
         assert other.unknown == found[0].unknown
@@ -224,9 +225,8 @@ def test_the_order_of_the_images_keys_their_views() -> None:
     second.learn(turned)
     assert not torch.equal(first.outputs(data).heads, second.outputs(data).heads)
     # What is measured without augmentation is the same up to rounding.
-    torch.testing.assert_close(
-        first.method.state()["gate.1.rows.mean"], second.method.state()["gate.1.rows.mean"]
-    )
+    means = [learner.method.state()["gate.1.rows.mean"] for learner in (first, second)]
+    torch.testing.assert_close(*means, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["crop,flip", "crop", "none"])

@@ -51,10 +51,14 @@ def test_sums_of_two_ranks_add_up() -> None:
 
 
 def test_sums_stay_exact_over_many_batches() -> None:
-    rows, stream = rows_of(50) + 30, Moment(DIM)
+    # Whole numbers: the sums of one batch are exact in fp32, those of many batches are too large for it.
+    rows, stream, careless = (rows_of(50) + 30).round(), Moment(DIM), torch.zeros(DIM, DIM)
     for _ in range(400):
         stream.add(rows)
-    assert torch.allclose(stream.value, naive_moment(rows), rtol=1e-6)
+        careless += rows.T @ rows
+    expected = naive_moment(rows)
+    assert torch.allclose(stream.value, expected, rtol=1e-12)
+    assert not torch.allclose(careless.double() / stream.rows, expected, rtol=1e-12), "not so in fp32"
 
 
 def test_no_rows_give_a_zero_moment() -> None:

@@ -35,7 +35,8 @@ def taught(backbone: Backbone, name: str = "linear") -> ContinualLearner:
 def test_classes_that_differ_only_below_the_adapters_are_found(family: str) -> None:
     backbone = blind(tiny_backbone(family))
     final = backbone(tiny_images())[:, : backbone.feature_dim]
-    assert torch.equal(final, final[:1].expand(3, -1)), "the final feature says nothing"
+    # Up to rounding, which may differ by an image's place in the batch: the final feature says nothing.
+    torch.testing.assert_close(final, final[:1].expand(3, -1), rtol=0, atol=1e-5)
     learner = taught(backbone)
     data = unseen(TASKS, 6)
     outputs = learner.outputs(data)
