@@ -141,10 +141,9 @@ class GatePoint:
             f, tasks = f.float(), self.rows.tasks
             if tasks == 1:
                 return torch.ones(f.shape[0], 1, device=f.device)
-            if self.energy is None:
-                weights = self.rows.task_weights(f, own)
-            else:
-                weights = self.energy.energies(f).clamp(max=1.0)
+            # Also a sum of probabilities may be above 1, by rounding.
+            found = self.rows.task_weights(f, own) if self.energy is None else self.energy.energies(f)
+            weights = found.clamp(max=1.0)
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
                 weights = torch.zeros_like(weights).scatter(1, which, value)

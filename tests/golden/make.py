@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from duallora import ContinualLearner, DualLoRAConfig, streams
-from duallora.backbones import Backbone
+from duallora.backbones import Backbone, state_sha256
 from duallora.checkpoint import FORMAT_VERSION
 from duallora.outputs import Outputs
 from tiny import tiny_backbone
@@ -50,9 +51,10 @@ def _plain(values: Tensor, logs: bool) -> Tensor:
 
 
 def backbone(folder: Path) -> Backbone:
-    """The backbone that the model in a folder belongs to."""
+    """The backbone that the model in a folder belongs to; another processor would draw other weights."""
     made = tiny_backbone(depth=3)
     made.model.load_state_dict(safetensors.torch.load_file(folder / "backbone.safetensors"))
+    made.info = replace(made.info, sha256=state_sha256(made.model))
     return made
 
 
