@@ -55,7 +55,7 @@ def task_probabilities(outputs: Outputs, tasks: int) -> Tensor:
     # Where plain heads answer, the task is theirs too: the rows might contradict the class.
     by_heads = outputs.readout == "heads"
     log_task = sum_rows(outputs.heads, outputs.row_task, tasks) if by_heads else outputs.task_posterior
-    return log_task.exp()
+    return log_task.exp().clamp(max=1.0)
 
 
 def as_document(prediction: Prediction, unknown_below: float | None = None) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def class_probabilities(outputs: Outputs, readout: str) -> Tensor:
     """Probability of every seen class, the sum over its rows: (n, C), float64, column = class index."""
     rows = log_rows(outputs, readout).double().exp()
     classes = int(outputs.row_class.max()) + 1
-    return rows.new_zeros(len(rows), classes).index_add_(1, outputs.row_class, rows)
+    summed = rows.new_zeros(len(rows), classes).index_add_(1, outputs.row_class, rows)
+    return summed.clamp(max=1.0)  # the logs are rounded, and so a sum may be above 1
 
 
 def predicted_tasks(outputs: Outputs, readout: str) -> Tensor:
