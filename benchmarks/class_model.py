@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duallora.atomic import write_atomic
-from duallora.backbones import Backbone
-from duallora.class_model import RandomFeatureModel
-from duallora.memory import ClassMoments, RowMemory, shrunk
+from duallora.backbones.backbone import Backbone
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.random_features import RandomFeatureModel
+from duallora.data.transforms import evaluation_transform
+from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset
-from duallora.transforms import evaluation_transform
 from residual_run import load
 
 CPU = torch.device("cpu")

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duallora.adapters.dynamic_memory import EnergyMemory
 from duallora.adapters.subspace import Subspace
-from duallora.atomic import write_atomic
-from duallora.backbones import Backbone
-from duallora.memory import ClassMoments, RowMemory, shrunk
-from duallora.relevance import EnergyMemory
+from duallora.backbones.backbone import Backbone
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.data.transforms import evaluation_transform
+from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset
-from duallora.transforms import evaluation_transform
 from residual_run import STREAMS, load
 
 CPU = torch.device("cpu")

@@ -27,15 +27,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from duallora.atomic import write_atomic
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory, sum_rows
+from duallora.classifiers.heads import calibrate
 from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.setting import load_setting
-from duallora.drift import ridge_map
-from duallora.heads import calibrate
+from duallora.commands.run_setting import load_setting
 from duallora.learner import ContinualLearner
-from duallora.memory import ClassMoments, RowMemory, sum_rows
 from duallora.methods import METHODS
 from duallora.methods.base import Method, TaskInfo
+from duallora.methods.drift import ridge_map
+from duallora.storage.atomic import write_atomic
 from duallora.streams import Stream, TaskDataset, all_at_once
 
 STREAMS: dict[str, dict[str, Any]] = {

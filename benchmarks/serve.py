@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 
 from duallora import ContinualLearner, DualLoRAConfig, load_backbone
+from duallora.data.transforms import evaluation_transform
 from duallora.outputs import Prediction
-from duallora.transforms import evaluation_transform
 from http_load import Load, load, picture, post
 from serve_soak import soaked
 

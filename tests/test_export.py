@@ -12,9 +12,9 @@ from torch import Tensor
 
 from command_line import assert_refused, caller
 from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, load_backbone, metrics, streams
-from duallora.answers import task_probabilities
 from duallora.bench.synthetic import simulated_learner
 from duallora.export import METADATA, OUTPUTS, Format, export, metadata
+from duallora.predictions import task_probabilities
 from small_tasks import new_learner, small_config, three_tasks
 
 FORMATS: tuple[Format, ...] = ("torch-export", "onnx")

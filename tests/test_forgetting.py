@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from duallora import METHODS, ContinualLearner, DualLoRAError, checkpoint
+from duallora import METHODS, ContinualLearner, DualLoRAError
 from duallora.forgetting import relearned
 from duallora.metrics import class_probabilities
 from duallora.outputs import Outputs
+from duallora.storage import checkpoint
 from duallora.streams.task import as_task_dataset, concatenated
 from small_tasks import (
     Patterns,

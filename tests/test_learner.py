@@ -13,10 +13,11 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 import duallora.learner
-from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, MethodConfig, checkpoint, load_backbone
-from duallora.backbones import Backbone
+from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, MethodConfig, load_backbone
+from duallora.backbones.backbone import Backbone
 from duallora.metrics import class_probabilities
-from duallora.progress import Progress
+from duallora.runtime.progress import Progress
+from duallora.storage import checkpoint
 from duallora.streams import split
 from small_tasks import (
     Patterns,

@@ -37,10 +37,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.atomic import exclusive, remove_leftovers, write_atomic
-from duallora.compute import Machine
 from duallora.errors import DualLoRAError
-from duallora.progress import Progress
+from duallora.runtime.compute import Machine
+from duallora.runtime.progress import Progress
+from duallora.storage.atomic import exclusive, remove_leftovers, write_atomic
 from pretrain_images import (
     cutmix,
     decode,

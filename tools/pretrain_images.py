@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora.errors import DualLoRAError
-from duallora.progress import Progress
+from duallora.runtime.progress import Progress
 from duallora.streams.folder import FolderDataset
 from pretrain_recipe import MEAN, STD, Recipe
 

@@ -16,8 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
-from duallora.atomic import write_atomic
 from duallora.errors import DualLoRAError
+from duallora.storage.atomic import write_atomic
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duallora import streams
-    from duallora.backbones import Backbone, load_backbone
+    from duallora.backbones.backbone import Backbone, load_backbone
     from duallora.errors import CheckFailed, DualLoRAError
     from duallora.learner import ContinualLearner
     from duallora.methods import METHODS, MethodConfig
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "backbones": ("Backbone", "load_backbone"),
+    "backbones.backbone": ("Backbone", "load_backbone"),
     "errors": ("CheckFailed", "DualLoRAError"),
     "learner": ("ContinualLearner",),
     "methods": ("METHODS", "MethodConfig"),

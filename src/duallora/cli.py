@@ -85,7 +85,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        from duallora.commands.mistakes import nearest
+        from duallora.commands.parse_errors import nearest
 
         raise DualLoRAError(f"there is no command {verb}{nearest(verb, list(VERBS))}")
     module, name = VERBS[verb].split(":")

@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from duallora.atomic import write_atomic
+from duallora.classifiers.class_statistics import sum_rows
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
-from duallora.memory import sum_rows
+from duallora.storage.atomic import write_atomic
 
 Format = Literal["torch-export", "onnx"]
 

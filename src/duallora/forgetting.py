@@ -14,11 +14,11 @@ from torch import Tensor
 from duallora.errors import DualLoRAError
 from duallora.outputs import TaskRecord
 from duallora.streams import TaskDataset
-from duallora.train import EVALUATION_BATCH, batches, chunked
+from duallora.training import EVALUATION_BATCH, batches, chunked
 
 if TYPE_CHECKING:
+    from duallora.classifiers.class_statistics import RowMemory
     from duallora.learner import ContinualLearner
-    from duallora.memory import RowMemory
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from duallora import checkpoint, metrics, parallel
-from duallora.answers import predictions
-from duallora.backbones import Backbone, BackboneInfo, load_backbone
-from duallora.compute import Machine
+from duallora import metrics
+from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
+from duallora.data.images import to_pil
+from duallora.data.transforms import Augmentation, evaluation_transform
 from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
-from duallora.images import to_pil
 from duallora.methods import METHODS, Method, MethodConfig, TaskInfo, method_name
 from duallora.methods.duallora import DualLoRAConfig
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
-from duallora.progress import Progress
+from duallora.predictions import predictions
+from duallora.runtime import parallel
+from duallora.runtime.compute import Machine
+from duallora.runtime.progress import Progress
+from duallora.storage import checkpoint
 from duallora.streams import TaskDataset
 from duallora.streams.task import as_task_dataset
-from duallora.train import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
-from duallora.transforms import Augmentation, evaluation_transform
+from duallora.training import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
 
 
 class ContinualLearner:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from duallora import parallel
+from duallora.runtime import parallel
 
 
 @dataclass(frozen=True)

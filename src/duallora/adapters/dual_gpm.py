@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duallora import parallel
 from duallora.adapters.subspace import DESIGNED_SCALE, rank_floor, top_eigenvectors
+from duallora.runtime import parallel
 
 
 class DualGPM:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -15,12 +15,12 @@ import torch
 from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from duallora import parallel
-from duallora.adapters.lora import AdaptedQKV
+from duallora.adapters.dual_lora import AdaptedQKV
 from duallora.errors import DualLoRAError
+from duallora.runtime import parallel
 
 if TYPE_CHECKING:
-    from duallora.backbones import Backbone
+    from duallora.backbones.backbone import Backbone
 
 
 class Moment:

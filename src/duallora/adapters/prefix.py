@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.adapters.inject import wrap_attention
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 
 Prefix = tuple[Tensor, Tensor]  # keys and values (B, L, d), already in the space of projected tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duallora import parallel
+from duallora.runtime import parallel
 
 RELATIVE_RANK = 1e-6  # an eigenvalue below this share of the largest one of S is round-off, not a direction
 # The expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA.

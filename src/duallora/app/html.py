@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from duallora.documents import percent
+from duallora.storage.documents import percent
 
 
 def text(value: object) -> str:

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from duallora.app.twins import Twins, difference_hash, find_twins, thumbnail
 from duallora.app.uploads import Found
-from duallora.atomic import sha256_of
+from duallora.data.images import is_image_name, read_image
 from duallora.errors import DualLoRAError
-from duallora.images import is_image_name, read_image
+from duallora.storage.atomic import sha256_of
 from duallora.streams.task import TaskDataset, as_task_dataset, check_class_names, hold_back
 
 EVERY = 5

@@ -6,10 +6,10 @@ from typing import Any
 
 from duallora.app import html
 from duallora.app.intake import FEW, Check
+from duallora.app.lesson_thread import Taught
 from duallora.app.shell import count
-from duallora.app.teaching import Taught
 from duallora.app.twins import MOST
-from duallora.documents import percent
+from duallora.storage.documents import percent
 
 _MOST_TWINS = 30
 

@@ -16,7 +16,7 @@ from duallora.serving.guard import LOCAL_NAMES, is_local
 from duallora.serving.listening import listening
 
 if TYPE_CHECKING:
-    from duallora.commands.wishes import Wishes
+    from duallora.teaching.model_request import Wishes
 
 HOST = "127.0.0.1"
 _GRACE = 2  # seconds that open pages are waited for at the end
@@ -102,12 +102,12 @@ def create_app(session: Any) -> Any:
     import gradio as gr
     from fastapi import FastAPI
 
-    from duallora.app import page
+    from duallora.app import views
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         app,
-        page.build(session),
+        views.build(session),
         path="/",
         server_name=HOST,
         footer_links=[],
@@ -117,9 +117,9 @@ def create_app(session: Any) -> Any:
         enable_monitoring=False,
         pwa=False,
         show_error=True,
-        theme=page.theme(),
-        css=page.style(),
-        js=page.LIVE,
+        theme=views.theme(),
+        css=views.style(),
+        js=views.LIVE,
     )
     app.add_middleware(LocalOnly)
     return app

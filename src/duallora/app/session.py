@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from duallora import checkpoint
-from duallora.answers import as_document, predictions, task_probabilities
 from duallora.app.intake import Check
-from duallora.app.steps import Step, first_lesson, free_name, quoted, step_back
-from duallora.app.teaching import Taught, Teaching, Watched, outcome
+from duallora.app.lesson_thread import Taught, Teaching, Watched, outcome
+from duallora.app.undo_question import Step, first_lesson, free_name, quoted, step_back
 from duallora.app.uploads import Uploads
+from duallora.data.images import read_image
 from duallora.errors import DualLoRAError
-from duallora.images import read_image
-from duallora.train import EVALUATION_BATCH
+from duallora.predictions import as_document, predictions, task_probabilities
+from duallora.storage import checkpoint
+from duallora.training import EVALUATION_BATCH
 
 if TYPE_CHECKING:
-    from duallora.commands.wishes import Wishes
     from duallora.outputs import TaskRecord
     from duallora.serving.model_watch import ServedModel
+    from duallora.teaching.model_request import Wishes
 
 NOTHING_LEARNED = "the model has learned nothing yet; teach it something first."
 
@@ -78,7 +78,7 @@ class Session:
         Raises:
             DualLoRAError: it is damaged, or the folder holds something else.
         """
-        from duallora.compute import Machine
+        from duallora.runtime.compute import Machine
         from duallora.serving.model_watch import ServedModel, signature
 
         with self._loading:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from duallora.app import html
 from duallora.app.shell import PRIVATE, Shell, sentences
-from duallora.app.steps import Step
+from duallora.app.undo_question import Step
 from duallora.errors import DualLoRAError
 
 _UNDO, _AGAIN = "Undo", "Start again"

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from duallora.atomic import reason
+from duallora.data.images import find_files, require_folder
 from duallora.errors import DualLoRAError
-from duallora.images import find_files, require_folder
+from duallora.storage.atomic import reason
 
 MOST_FILES = 20_000
 """Files of a zip or a folder."""

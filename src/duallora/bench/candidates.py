@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 from duallora.bench.synthetic import RandomTask, simulated_learner, task_info
-from duallora.compute import Machine
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS, MethodConfig, method_name
-from duallora.train import make_optimizer
+from duallora.runtime.compute import Machine
+from duallora.training import make_optimizer
 
 REFERENCE = "backbone"
 """The line that prediction is compared with: the bare backbone, without heads, rows and adapters."""

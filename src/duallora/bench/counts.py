@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 
 
 def _product(_: object, h: Sequence[int], c: Sequence[int], **__: object) -> int:

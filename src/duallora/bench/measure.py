@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duallora.backbones import Backbone, BackboneInfo
+from duallora.backbones.backbone import Backbone, BackboneInfo
 from duallora.bench import exported
 from duallora.bench.candidates import PLAIN, REFERENCE, Candidate, Training, bare
 from duallora.bench.counts import flops, held_bytes, images_seen, peak_bytes, state_bytes
 from duallora.bench.timing import medians, seconds
-from duallora.compute import Machine
 from duallora.learner import ContinualLearner
-from duallora.progress import Progress
+from duallora.runtime.compute import Machine
+from duallora.runtime.progress import Progress
 
 EPOCHS = 20
 """Passes over the images that ``passes_share`` is given for."""

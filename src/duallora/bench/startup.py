@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from duallora.backbones import EMBEDDED, EMBEDDED_FILE, load_backbone
+from duallora.backbones.backbone import EMBEDDED, EMBEDDED_FILE, load_backbone
 from duallora.bench.candidates import Candidate
 from duallora.bench.synthetic import simulated_learner
 from duallora.errors import DualLoRAError

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from duallora.backbones import Backbone
-from duallora.compute import Machine
+from duallora.backbones.backbone import Backbone
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS, Batch, Loader, MethodConfig, TaskInfo, method_name
 from duallora.outputs import TaskRecord
-from duallora.train import EVALUATION_BATCH
+from duallora.runtime.compute import Machine
+from duallora.training import EVALUATION_BATCH
 
 NEVER = "1970-01-01T00:00:00+00:00"
 """When a synthetic task was learned."""

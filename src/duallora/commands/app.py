@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from duallora.commands import console
-from duallora.commands.choice import UNSAID, MethodChoice
-from duallora.commands.ranges import LARGEST_SEED, require_range
+from duallora.commands.number_ranges import LARGEST_SEED, require_range
 from duallora.errors import DualLoRAError
+from duallora.teaching.method_choice import UNSAID, MethodChoice
 
 
 def app(
@@ -42,7 +42,7 @@ def app(
     _require_gradio()
 
     from duallora.app.server import serve
-    from duallora.commands.wishes import Wishes
+    from duallora.teaching.model_request import Wishes
 
     wishes = Wishes(method or UNSAID, backbone, backbone_file, seed, augment, device)
     serve(model, wishes, port, console.line, open_)

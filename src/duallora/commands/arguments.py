@@ -22,10 +22,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
-from duallora.commands.choice import DEFAULT_METHOD, MethodChoice
 from duallora.commands.configs import read_config, take_config_files
-from duallora.commands.mistakes import explain, nearest, refuse_unknown
+from duallora.commands.parse_errors import explain, nearest, refuse_unknown
 from duallora.errors import DualLoRAError
+from duallora.teaching.method_choice import DEFAULT_METHOD, MethodChoice
 
 Command = Callable[..., None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from duallora.backbone_table import FAMILIES
+from duallora.backbones.catalog import FAMILIES
 from duallora.commands import console
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
-from duallora.commands.lines import read_lines
-from duallora.commands.ranges import require_range
+from duallora.commands.compared_methods import read_lines
+from duallora.commands.number_ranges import require_range
 from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:
-    from duallora.backbones import Backbone
+    from duallora.backbones.backbone import Backbone
 
 FORMATS = ("torch-export", "onnx")
 EMBEDDED = "embedded"
@@ -82,9 +82,9 @@ def bench(
 
     from duallora.bench import measure
     from duallora.bench.candidates import Candidate
-    from duallora.compute import Compute
     from duallora.methods import METHODS
-    from duallora.progress import Progress
+    from duallora.runtime.compute import Compute
+    from duallora.runtime.progress import Progress
 
     named = (
         list(METHODS) if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
@@ -94,7 +94,7 @@ def bench(
     plan = measure.Plan(candidates, counts, batches, classes, images, training_batch, repeats, exports=forms)
 
     def fresh() -> Backbone:
-        from duallora.backbones import load_backbone
+        from duallora.backbones.backbone import load_backbone
 
         known = backbone == EMBEDDED or backbone_file is not None
         return load_backbone(backbone, backbone_file, pretrained=known, image_size=image_size)
@@ -122,9 +122,9 @@ def _numbers(option: str, text: int | str, largest: int) -> list[int]:
 
 
 def _write(rows: list[dict[str, Any]], more: dict[str, Any], out: Path, machine: Any, repeats: int) -> None:
-    from duallora.atomic import write_atomic
-    from duallora.bench import page
-    from duallora.results import environment, peak_memory_bytes
+    from duallora.bench import bench_report
+    from duallora.runs.results import environment, peak_memory_bytes
+    from duallora.storage.atomic import write_atomic
 
     about = environment(machine.device) | {
         "precision": machine.precision,
@@ -133,15 +133,16 @@ def _write(rows: list[dict[str, Any]], more: dict[str, Any], out: Path, machine:
         "process_peak_bytes": peak_memory_bytes(machine.device),
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "bench.json", page.to_json(rows, about, more))
-    write_atomic(out / "bench.csv", page.to_csv(rows))
-    picture = page.plot(rows)
+    write_atomic(out / "bench.json", bench_report.to_json(rows, about, more))
+    write_atomic(out / "bench.csv", bench_report.to_csv(rows))
+    picture = bench_report.plot(rows)
     if picture is not None:
         write_atomic(out / "bench.png", picture)
-    console.rows([c.head for c in page.PREDICTION], page.cells(rows, page.PREDICTION))
-    trained = page.trained(rows)
+    console.rows([c.head for c in bench_report.PREDICTION], bench_report.cells(rows, bench_report.PREDICTION))
+    trained = bench_report.trained(rows)
     if trained:
-        console.rows([c.head for c in page.TRAINING], page.cells(trained, page.TRAINING))
+        columns = bench_report.TRAINING
+        console.rows([c.head for c in columns], bench_report.cells(trained, columns))
     if "startup" in more:
         found = more["startup"]
         console.line(

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duallora.commands import console
-from duallora.commands.choice import MethodChoice
 from duallora.commands.compare_protocol import image_counts, protocol
-from duallora.commands.jobs import Job, run_jobs
-from duallora.commands.lines import Line, read_lines
+from duallora.commands.compared_methods import Line, read_lines
+from duallora.commands.number_ranges import require_range, seed_numbers
 from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.ranges import require_range, seed_numbers
-from duallora.commands.setting import Setting, load_setting
-from duallora.compute import Compute
+from duallora.commands.run_setting import Setting, load_setting
+from duallora.commands.subprocess_jobs import Job, run_jobs
 from duallora.errors import DualLoRAError
+from duallora.runtime.compute import Compute
+from duallora.teaching.method_choice import MethodChoice
 
 if TYPE_CHECKING:
-    from duallora.comparison import Entry, Results
+    from duallora.runs.comparison import Entry, Results
 
 
 def compare(
@@ -113,7 +113,7 @@ def _missing(
 
 def _write_configs(lines: Sequence[Line], setting: Setting, out: Path) -> None:
     """Writes for each line what ``duallora run --config`` takes to repeat its runs; JSON is YAML."""
-    from duallora.checkpoint import write_atomic
+    from duallora.storage.checkpoint import write_atomic
 
     (out / "configs").mkdir(parents=True, exist_ok=True)
     for line in lines:
@@ -138,7 +138,7 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
     """
     from duallora.methods import METHODS
     from duallora.methods.config import ADDED_FIELDS
-    from duallora.results import SCHEMA_VERSION
+    from duallora.runs.results import SCHEMA_VERSION
 
     path = folder / "results.json"
     if not path.exists():
@@ -158,7 +158,7 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
     there["method"] = later | there["method"]
     if there == wanted:
         return results
-    from duallora.run_directory import difference
+    from duallora.runs.run_directory import difference
 
     raise DualLoRAError(
         f"{folder} is a finished run with other settings ({difference(there, wanted)}); "
@@ -173,8 +173,8 @@ def _images(class_order: Sequence[str], train: int, test: int) -> dict[str, Any]
 
 def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
     """All finished runs of a line, also of seeds that were not asked for now."""
-    from duallora.comparison import Entry
     from duallora.methods import METHODS
+    from duallora.runs.comparison import Entry
 
     found: dict[int, Results] = {}
     for folder in (out / "runs").glob(f"{glob.escape(line.name)}-*"):
@@ -192,11 +192,11 @@ def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
 
 def _keep_features(setting: Setting, out: Path, device: str) -> Path:
     """Computes the frozen features of all un-augmented images once, in the batches of an evaluation."""
-    from duallora.compute import Machine
-    from duallora.features import FrozenFeatures
-    from duallora.progress import Progress
-    from duallora.train import EVALUATION_BATCH, batches, chunked, unaugmented
-    from duallora.transforms import evaluation_transform
+    from duallora.backbones.frozen_features import FrozenFeatures
+    from duallora.data.transforms import evaluation_transform
+    from duallora.runtime.compute import Machine
+    from duallora.runtime.progress import Progress
+    from duallora.training import EVALUATION_BATCH, batches, chunked, unaugmented
 
     backbone = setting.backbone
     height, width = backbone.info.input_size[1:]
@@ -221,8 +221,8 @@ def _keep_features(setting: Setting, out: Path, device: str) -> Path:
 
 
 def _write(entries: list[Entry], protocol: list[str], command: str, out: Path) -> None:
-    from duallora import comparison, comparison_page
-    from duallora.checkpoint import write_atomic
+    from duallora.runs import comparison, comparison_page
+    from duallora.storage.checkpoint import write_atomic
 
     plot = comparison_page.plot(entries)
     if plot is not None:
@@ -238,7 +238,7 @@ def _write(entries: list[Entry], protocol: list[str], command: str, out: Path) -
 
 def _final(entry: Entry) -> float:
     """Mean final accuracy under the better readout."""
-    from duallora.comparison import ACCURACIES, readouts, spread
+    from duallora.runs.comparison import ACCURACIES, readouts, spread
 
     values = [spread(entry, ACCURACIES[0], readout) for readout in readouts(entry)]
     return max(value.mean for value in values if value is not None)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from duallora.commands.configs import shipped_configs
 
 if TYPE_CHECKING:
-    from duallora.backbones import Backbone
-    from duallora.commands.setting import Setting
-    from duallora.comparison import Entry, Results
+    from duallora.backbones.backbone import Backbone
+    from duallora.commands.run_setting import Setting
+    from duallora.runs.comparison import Entry, Results
     from duallora.streams import Stream
 
 

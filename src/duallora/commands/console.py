@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from duallora.documents import finite
+from duallora.storage.documents import finite
 
 if TYPE_CHECKING:
-    from duallora.backbones import Backbone
+    from duallora.backbones.backbone import Backbone
 
 _PIPE_WIDTH = 200  # tables in files and pipes are not cut to the width of a terminal that is not there
 

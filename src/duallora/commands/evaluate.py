@@ -24,8 +24,8 @@ def evaluate(
         json: print one JSON document
         device: where to compute
     """
-    from duallora.documents import percent
     from duallora.learner import ContinualLearner
+    from duallora.storage.documents import percent
     from duallora.streams import FolderDataset, evaluation_folder
 
     learner = ContinualLearner.load(model, device=device)

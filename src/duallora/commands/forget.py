@@ -9,10 +9,10 @@ from duallora.commands import console
 from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:
-    from duallora.commands.outcome import Measured
     from duallora.forgetting import Forgotten
     from duallora.learner import ContinualLearner
     from duallora.streams import FolderDataset, TaskDataset
+    from duallora.teaching.measure import Measured
 
 _NOT_MEASURED = "other classes and relearning: not measured; give labelled images in --check"
 
@@ -43,7 +43,7 @@ def forget(
     if task is None and class_ is None and check is not None:
         raise DualLoRAError("--check measures what forgetting does; give --task or --class with it.")
 
-    from duallora import checkpoint
+    from duallora.storage import checkpoint
 
     checkpoint.read_manifest(model)  # a folder without a model is refused before the lock would create it
     with checkpoint.exclusive(model):
@@ -57,9 +57,9 @@ def forget(
 
 def _forget(model: Path, task: str | None, name: str | None, check: Path | None, device: str) -> None:
     """Forgets, measures, saves and prints; the caller holds the lock."""
-    from duallora.commands.outcome import Measured
     from duallora.learner import ContinualLearner
     from duallora.streams import FolderDataset, evaluation_folder
+    from duallora.teaching.measure import Measured
 
     learner = ContinualLearner.load(model, device=device)
     data = None
@@ -94,8 +94,8 @@ def _remaining(learner: ContinualLearner, task: str | None, name: str | None) ->
 
 def _of_classes(data: FolderDataset, names: set[str]) -> TaskDataset | None:
     """The images of some classes; None where there are none."""
-    from duallora.commands.lesson import present
     from duallora.streams.task import as_task_dataset
+    from duallora.teaching.training_images import present
 
     view = as_task_dataset(data)
     chosen = [i for i, target in enumerate(view.targets) if view.classes[target] in names]
@@ -103,7 +103,7 @@ def _of_classes(data: FolderDataset, names: set[str]) -> TaskDataset | None:
 
 
 def _told(before: Measured | None, after: Measured | None) -> str:
-    from duallora.documents import percent
+    from duallora.storage.documents import percent
 
     if before is None or after is None:
         return "other classes: not measured, --check has no images of them"
@@ -115,8 +115,8 @@ def _relearning(
     learner: ContinualLearner, data: FolderDataset, forgotten: Forgotten, known: list[str]
 ) -> list[str]:
     """How well the forgotten classes could be taught again, and those that were never taught."""
-    from duallora.documents import percent
     from duallora.forgetting import relearned
+    from duallora.storage.documents import percent
     from duallora.streams.task import as_task_dataset, positions_by_class
 
     counts = {c: len(p) for c, p in zip(data.classes, positions_by_class(as_task_dataset(data)), strict=True)}

@@ -20,7 +20,7 @@ def inspect(model: Path, *, json: bool = False) -> None:
         model: folder of the saved model
         json: print one JSON document
     """
-    from duallora import checkpoint
+    from duallora.storage import checkpoint
 
     about = description(model, *checkpoint.read(model))
     with checkpoint.intact(model):
@@ -64,7 +64,7 @@ def description(model: Path, manifest: Mapping[str, Any], tensors: Mapping[str, 
     Raises:
         DualLoRAError: ``model.json`` lacks something.
     """
-    from duallora import checkpoint
+    from duallora.storage import checkpoint
 
     with checkpoint.intact(model):
         shown = ("name", "classes", "learned_at", "train_images")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
-from duallora.commands.choice import UNSAID, MethodChoice
-from duallora.commands.ranges import LARGEST_SEED, require_range
+from duallora.commands.number_ranges import LARGEST_SEED, require_range
 from duallora.errors import DualLoRAError
+from duallora.teaching.method_choice import UNSAID, MethodChoice
 
 if TYPE_CHECKING:
-    from duallora.commands.lesson import Lesson
     from duallora.learner import ContinualLearner
     from duallora.streams import FolderDataset
+    from duallora.teaching.training_images import Lesson
 
 STRONGER = (
     "The embedded backbone is small (64x64 images); take a stronger one for a new model with "
@@ -67,11 +67,11 @@ def learn(
     if name is not None and not name.strip():
         raise DualLoRAError("--name must not be empty; leave it out to name the task after the folder.")
 
-    from duallora import checkpoint
-    from duallora.commands.lesson import Lesson, labelled
-    from duallora.commands.outcome import Comparison, Measured, Outcome
-    from duallora.commands.wishes import Wishes
-    from duallora.progress import Progress
+    from duallora.runtime.progress import Progress
+    from duallora.storage import checkpoint
+    from duallora.teaching.measure import Comparison, Measured, Outcome
+    from duallora.teaching.model_request import Wishes
+    from duallora.teaching.training_images import Lesson, labelled
 
     progress = Progress()
     wishes = Wishes(method or UNSAID, backbone, backbone_file, seed, augment, device)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from duallora.commands import console
-from duallora.commands.ranges import require_range
+from duallora.commands.number_ranges import require_range
 from duallora.errors import DualLoRAError
 
 
@@ -36,9 +36,9 @@ def predict(
     if out is not None and not out.absolute().parent.is_dir():
         raise DualLoRAError(f"the folder of --out {out} does not exist; create it first.")
 
-    from duallora.answers import as_csv, as_document
-    from duallora.atomic import write_atomic
     from duallora.learner import ContinualLearner
+    from duallora.predictions import as_csv, as_document
+    from duallora.storage.atomic import write_atomic
 
     paths = _walk(image)
     found = ContinualLearner.load(model, device=device).predict(paths, top=top)
@@ -67,7 +67,7 @@ def predict(
 
 def _walk(places: list[Path]) -> list[Path]:
     """The images named, and those in the folders named, each folder sorted."""
-    from duallora.images import find_images
+    from duallora.data.images import find_images
 
     paths: list[Path] = []
     for place in places:

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duallora.commands import console
-from duallora.commands.choice import MethodChoice
 from duallora.commands.configs import read_config
-from duallora.commands.mistakes import nearest
+from duallora.commands.number_ranges import seed_numbers
 from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.ranges import seed_numbers
+from duallora.commands.parse_errors import nearest
 from duallora.commands.run import run_on
-from duallora.compute import Compute
 from duallora.errors import DualLoRAError
+from duallora.runtime.compute import Compute
+from duallora.teaching.method_choice import MethodChoice
 
 if TYPE_CHECKING:
-    from duallora.compute import Machine
+    from duallora.runtime.compute import Machine
 
 FIGURES = {
     "final_accuracy": "final accuracy",
@@ -95,7 +95,7 @@ def reproduce(
     if dry_run:
         console.line(f"{name}: {_try(protocol)}")
         return
-    from duallora import parallel
+    from duallora.runtime import parallel
 
     chosen = protocol.seeds if seeds is None else seed_numbers(seeds)
     machine = compute.start()
@@ -164,7 +164,7 @@ def _list() -> None:
 
 def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int) -> dict[str, Any]:
     """The results of one run, which is made or taken up unless it is finished."""
-    from duallora.run_directory import require_unfinished
+    from duallora.runs.run_directory import require_unfinished
 
     path = folder / "results.json"
     if path.exists():
@@ -197,7 +197,7 @@ def _show(protocol: Protocol, found: list[dict[str, Any]]) -> None:
 
 def _try(protocol: Protocol) -> str:
     """Learns two tasks of a few images on small inputs at random weights; says what was found."""
-    from duallora.backbones import load_backbone
+    from duallora.backbones.backbone import load_backbone
     from duallora.learner import ContinualLearner
     from duallora.streams import load
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duallora.commands import console
-from duallora.commands.choice import DEFAULT_METHOD, UNSAID, MethodChoice
+from duallora.commands.number_ranges import LARGEST_SEED, require_range
 from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.ranges import LARGEST_SEED, require_range
-from duallora.commands.setting import Setting, load_setting
-from duallora.compute import Compute
+from duallora.commands.run_setting import Setting, load_setting
+from duallora.runtime.compute import Compute
+from duallora.teaching.method_choice import DEFAULT_METHOD, UNSAID, MethodChoice
 
 if TYPE_CHECKING:
-    from duallora.compute import Machine
-    from duallora.progress import Progress
+    from duallora.runtime.compute import Machine
+    from duallora.runtime.progress import Progress
 
 
 def run(
@@ -48,11 +48,11 @@ def run(
     require_range("--evaluate-every", evaluate_every, 1, 2**31)
     method.config()
 
-    from duallora.run_directory import require_unfinished
+    from duallora.runs.run_directory import require_unfinished
 
     require_unfinished(out)
 
-    from duallora import parallel
+    from duallora.runtime import parallel
 
     machine = compute.start()  # before large weights are read: what is not there is refused now
     run_on(machine, out, stream, method, backbone, seed, evaluate_every, features)
@@ -74,13 +74,13 @@ def run_on(
     Returns:
         The contents of ``results.json``.
     """
-    from duallora import parallel
-    from duallora.features import FrozenFeatures
+    from duallora.backbones.frozen_features import FrozenFeatures
     from duallora.learner import ContinualLearner
     from duallora.methods import METHODS
-    from duallora.progress import Progress
-    from duallora.protocol import run_stream
-    from duallora.report import accuracy_table
+    from duallora.runs.protocol import run_stream
+    from duallora.runs.report import accuracy_table
+    from duallora.runtime import parallel
+    from duallora.runtime.progress import Progress
     from duallora.streams import all_at_once
 
     first = parallel.rank() == 0
@@ -119,7 +119,7 @@ def run_on(
 
 def _check_images(setting: Setting, progress: Progress) -> None:
     """Decodes every image once, so that a bad one is named before the run has begun."""
-    from duallora import parallel
+    from duallora.runtime import parallel
 
     tasks = setting.stream.tasks
     # All domains show the same images.

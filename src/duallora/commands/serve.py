@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from duallora.commands import console
-from duallora.commands.ranges import require_range
+from duallora.commands.number_ranges import require_range
 from duallora.errors import DualLoRAError
 from duallora.serving.limits import Limits
 

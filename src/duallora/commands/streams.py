@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duallora.commands import console
-from duallora.commands.mistakes import nearest
+from duallora.commands.parse_errors import nearest
 from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:

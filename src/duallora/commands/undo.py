@@ -13,7 +13,7 @@ def undo(model: Path) -> None:
     Args:
         model: folder of the saved model
     """
-    from duallora import checkpoint
+    from duallora.storage import checkpoint
 
     with checkpoint.intact(model):  # before anything is changed
         previous = checkpoint.read_manifest(model).get("previous")

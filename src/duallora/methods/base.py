@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora import parallel
-from duallora.adapters.beside import Beside, put_beside
-from duallora.backbones import Backbone
+from duallora.adapters.dynamic_memory import part
+from duallora.adapters.lora import Beside, put_beside
+from duallora.backbones.backbone import Backbone
+from duallora.backbones.frozen_features import FrozenFeatures
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.heads import Heads, calibrate
 from duallora.errors import DualLoRAError
-from duallora.features import FrozenFeatures
-from duallora.heads import Heads, calibrate
-from duallora.memory import ClassMoments, RowMemory
 from duallora.methods.config import MethodConfig
-from duallora.relevance import part
+from duallora.runtime import parallel
 
 
 class Batch(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 # A fresh pass over the task's training images, evaluation view, in order. Where several processes train, each
-# sees its block of them: what a method keeps of a pass goes through duallora.parallel.
+# sees its block of them: what a method keeps of a pass goes through duallora.runtime.parallel.
 Loader = Callable[[], Iterable[Batch]]
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from duallora.adapters.beside import kaiming
-from duallora.backbones import Backbone
+from duallora.adapters.lora import kaiming
+from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.beside import kaiming
-from duallora.backbones import Backbone
+from duallora.adapters.lora import kaiming
+from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Batch, Method
 from duallora.methods.config import MethodConfig
 

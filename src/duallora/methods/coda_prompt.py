@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.adapters.prefix import halves, prefixed, put_prefixes
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Batch, Method
 from duallora.methods.config import MethodConfig

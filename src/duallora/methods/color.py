@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora import parallel
-from duallora.adapters.beside import LowRank
-from duallora.backbones import Backbone
-from duallora.heads import within_tasks
+from duallora.adapters.lora import LowRank
+from duallora.backbones.backbone import Backbone
+from duallora.classifiers.heads import within_tasks
 from duallora.methods.base import Batch, Loader, Method, Readout, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.runtime import parallel
 
 # Added to the logs of tasks not chosen: nothing in a sum, and yet it leaves their classes apart in fp32.
 _OTHER_TASK = -50.0

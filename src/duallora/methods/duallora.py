@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duallora import parallel
+from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint, part
 from duallora.adapters.inject import wrap_attention
-from duallora.adapters.lora import AdaptedQKV
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
 from duallora.methods.config import MethodConfig
-from duallora.relevance import DynamicMemory, EnergyMemory, GatePoint, part
+from duallora.runtime import parallel
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from duallora.adapters.dual_gpm import DualGPM
+from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.dynamic_memory import part
 from duallora.adapters.inject import wrap_attention
-from duallora.adapters.lora import AdaptedQKV
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import energy_share, random_basis
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
 from duallora.methods.config import MethodConfig
-from duallora.relevance import part
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.adapters.prefix import ExtraTokens, small, uniform
-from duallora.backbones import Backbone
+from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Batch, Method
 from duallora.methods.config import MethodConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from duallora.adapters.beside import LowRank
-from duallora.backbones import Backbone
+from duallora.adapters.lora import LowRank
+from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from duallora.adapters.pairs import Pairs
-from duallora.backbones import Backbone
+from duallora.adapters.task_loras import Pairs
+from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
 

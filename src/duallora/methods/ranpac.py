@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duallora.adapters.beside import LowRank
-from duallora.backbones import Backbone
-from duallora.class_model import RandomFeatureModel
+from duallora.adapters.dynamic_memory import part
+from duallora.adapters.lora import LowRank
+from duallora.backbones.backbone import Backbone
+from duallora.classifiers.random_features import RandomFeatureModel
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
-from duallora.relevance import part
 
 
 @dataclass(frozen=True)

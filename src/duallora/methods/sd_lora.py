@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from duallora.adapters.pairs import Pairs
-from duallora.backbones import Backbone
+from duallora.adapters.task_loras import Pairs
+from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
 

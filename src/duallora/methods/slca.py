@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.backbones import Backbone
-from duallora.gaussians import Gaussians, refit
+from duallora.adapters.dynamic_memory import part
+from duallora.backbones.backbone import Backbone
+from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
-from duallora.relevance import part
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.beside import LowRank
-from duallora.backbones import Backbone
-from duallora.drift import linear_map, ridge_map, weakly_nonlinear_map
-from duallora.gaussians import Gaussians, refit
+from duallora.adapters.dynamic_memory import part
+from duallora.adapters.lora import LowRank
+from duallora.backbones.backbone import Backbone
+from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
-from duallora.relevance import part
+from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora import parallel
-from duallora.adapters.beside import kaiming
-from duallora.backbones import Backbone
+from duallora.adapters.lora import kaiming
+from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.runtime import parallel
 
 
 @dataclass(frozen=True)

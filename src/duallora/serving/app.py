@@ -18,14 +18,14 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from duallora.answers import as_document
-from duallora.documents import finite
-from duallora.serving import metrics as counting
+from duallora.predictions import as_document
+from duallora.serving import prometheus
 from duallora.serving.batching import Batcher, Model
 from duallora.serving.guard import Guard
+from duallora.serving.info_page import page
 from duallora.serving.limits import Admission, Limits, Refused
-from duallora.serving.page import page
 from duallora.serving.requests import decoded, images_of, read_body
+from duallora.storage.documents import finite
 
 PATHS = ("/predict", "/model", "/health", "/metrics", "/docs", "/openapi.json")
 _GENERATION = "X-Model-Generation"
@@ -99,7 +99,7 @@ class _Server:
 
     def __init__(self, source: Source, limits: Limits) -> None:
         self.source, self.limits = source, limits
-        self.metrics = counting.Metrics()
+        self.metrics = prometheus.Metrics()
         self.admission = Admission(limits.queue)
 
     @asynccontextmanager
@@ -188,10 +188,10 @@ class _Server:
                 "new generations that could not be served",
                 float(self.source.refusals),
             ),
-            "resident_bytes": ("gauge", "memory of the process", counting.resident_bytes()),
+            "resident_bytes": ("gauge", "memory of the process", prometheus.resident_bytes()),
         }
         body = self.metrics.text(now, self.source.current.generation)
-        return Response(body, media_type=counting.TEXT)
+        return Response(body, media_type=prometheus.TEXT)
 
 
 class _Busy:

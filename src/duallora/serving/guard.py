@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from duallora.errors import DualLoRAError
-from duallora.serving.metrics import Metrics
+from duallora.serving.prometheus import Metrics
 
 OPEN = "/health"
 """The path that is answered without the token."""

@@ -13,8 +13,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from torch import Tensor
 
+from duallora.data.images import TooManyPixels, decode_image
 from duallora.errors import DualLoRAError
-from duallora.images import TooManyPixels, decode_image
 from duallora.serving.limits import Limits, Refused
 
 _CHUNK = 1 << 16

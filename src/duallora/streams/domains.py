@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageOps
 
+from duallora.data.images import to_pil
 from duallora.errors import DualLoRAError
-from duallora.images import to_pil
 from duallora.streams.task import Change, Picture, Stream, Task, concatenated
 
 _MOSAIC = (16, 16)

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import Dataset
 
+from duallora.data.images import find_files, is_image_name, read_image, require_folder
 from duallora.errors import DualLoRAError
-from duallora.images import find_files, is_image_name, read_image, require_folder
 from duallora.streams.task import check_class_names
 
 _VALIDATION_NAMES = ("val", "test")

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from duallora.data.images import to_pil
 from duallora.errors import DualLoRAError
-from duallora.images import to_pil
 from duallora.streams.collection import UNSURE, Collection, Part, Request, StreamEntry
 
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from duallora.data.images import find_images
 from duallora.errors import DualLoRAError
-from duallora.images import find_images
 from duallora.streams.collection import UNSURE, Collection, Part, Request, StreamEntry
 from duallora.streams.listed import Labelled, ListedImages, stratified
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from duallora.data.images import find_images, read_image
 from duallora.errors import DualLoRAError
-from duallora.images import find_images, read_image
 
 _SPLIT_SEED = 1993
 _TEST_SHARE = 5

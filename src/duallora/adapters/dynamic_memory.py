@@ -1,0 +1,233 @@
+"""Dynamic memory: how much each task's residual adapter concerns an image, read above frozen layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from duallora.adapters.moments import TokenReader
+from duallora.adapters.subspace import Subspace
+from duallora.classifiers.class_statistics import ClassMoments, Own, RowMemory, best_kappa
+
+ENERGY_KAPPAS = torch.logspace(-0.3010299956639812, 1.6989700043360187, 20, dtype=torch.float64)  # .5 to 50
+
+
+class EnergyMemory:
+    """Relevance by energy in the tasks' bases (paper-like).
+
+    ``e_j = |f N_j|^2 / |f|^2`` over its mean on the task's own images.
+
+    Args:
+        subspace: the subspace of the first adapted projection, whose blocks are the ``N_j``.
+        device: where energies are computed.
+    """
+
+    def __init__(self, subspace: Subspace, device: torch.device) -> None:
+        self.subspace, self.device = subspace, device
+        self.means: list[float] = []
+        self.losses: dict[int, Tensor] = {}
+        self._blocks: list[Tensor] = []
+        # Temperature of the posterior: smallest loss summed over tasks, the largest among equals.
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+
+    def replace(self, task: int, block: Tensor, f0: Tensor) -> None:
+        """Sets the basis of ``task`` (d x m) and its mean energy on the task's own features f0 (n, d)."""
+        self._blocks = [*self._blocks[:task], block.float().to(self.device)]
+        self.means = [*self.means[:task], max(float(self._shares(f0)[:, task].mean()), 1e-12)]
+        self._refresh()
+
+    def fit(self, task: int, f0: Tensor) -> None:
+        """Stores the loss of every kappa on the task's images (n, d) against the bases that exist now."""
+        log_energy = self._log_energy(f0).cpu().double()
+        if not bool(torch.isfinite(log_energy[:, task]).all()):
+            self.losses.pop(task, None)  # an empty basis has no posterior, whatever the pass before found
+        else:
+            self.losses[task] = torch.stack(
+                [-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()]
+            )
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+
+    def forget(self, task: int) -> None:
+        """Loses losses and mean of ``task``: against an infinite mean no image has energy in its basis.
+
+        The basis itself is a part of ``Phi``, which stays; here it counts as empty.
+        """
+        self.losses.pop(task, None)
+        self.means[task] = float("inf")
+        self._blocks[task] = self._blocks[task][:, :0]
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+        self._refresh()
+
+    def energies(self, f: Tensor) -> Tensor:
+        """Relative energies ``e`` (n, T); 0 for a task without a basis."""
+        return self._shares(f) / self._means
+
+    def log_posterior(self, f: Tensor) -> Tensor:
+        """``log_softmax(kappa log e)`` over tasks (n, T); a task without a basis gets ``-inf``."""
+        log_energy = self._log_energy(f)
+        if not any(block.shape[1] for block in self._blocks):
+            return torch.zeros_like(log_energy).log_softmax(1)
+        return (self.kappa * log_energy).log_softmax(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Mean energies and kappa losses; the bases themselves belong to the subspace."""
+        return {"means": torch.tensor(self.means, dtype=torch.float64)} | {
+            f"fit.{t}": x for t, x in self.losses.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave; the subspace is restored before."""
+        self.means = tensors["means"].tolist()
+        self.losses = {int(n.split(".")[1]): x.cpu() for n, x in tensors.items() if n.startswith("fit.")}
+        blocks = [self.subspace.block(task).float().to(self.device) for task in range(len(self.means))]
+        self._blocks = [b if m < float("inf") else b[:, :0] for b, m in zip(blocks, self.means, strict=True)]
+        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._means = torch.tensor(self.means, device=self.device)
+        self._empty = torch.tensor([block.shape[1] == 0 for block in self._blocks], device=self.device)
+
+    def _shares(self, f: Tensor) -> Tensor:
+        f = f[:, : len(self.subspace.phi)].float()  # the class token's part: only that lies in these bases
+        norm = f.square().sum(1).clamp(min=1e-20)
+        return torch.stack([(f @ block).square().sum(1) / norm for block in self._blocks], 1)
+
+    def _log_energy(self, f: Tensor) -> Tensor:
+        return self.energies(f).clamp(min=1e-20).log().masked_fill(self._empty, -torch.inf)
+
+
+class GatePoint:
+    """One place where the gate reads a feature and says how much every task concerns the image.
+
+    Args:
+        dim: width of the feature.
+        device: where weights are computed.
+        top_tasks: most tasks with a non-zero weight per image.
+        energy: relevance by energy; None takes the Gaussian rows.
+    """
+
+    def __init__(self, dim: int, device: torch.device, top_tasks: int, energy: EnergyMemory | None) -> None:
+        self.rows = RowMemory(dim, device)
+        self.top_tasks, self.energy = top_tasks, energy
+        self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass
+
+    def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
+        """Takes the features f0 (n, d) of the task's images, in place of those of an earlier pass."""
+        self.f0 = f0.to(self.rows.device)
+        self.rows.replace(task, ClassMoments.of(f0, labels, classes))
+        self.rows.fit(task, f0, labels)
+        if self.energy is not None and block is not None:
+            self.energy.replace(task, block, self.f0)
+            self.energy.fit(task, self.f0)
+
+    def forget(self, task: int, kept: Tensor) -> None:
+        """Loses rows of ``task``, and its energy with the last of them; ``kept`` (|Y_t|,) says which stay."""
+        self.rows.forget(task, kept)
+        if self.energy is not None and not bool(kept.any()):
+            self.energy.forget(task)
+
+    def weights(self, f: Tensor, own: Own | None = None) -> Tensor:
+        """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32, without gradient; 1 for a single task.
+
+        Args:
+            f: features at this point.
+            own: for images of the current task: leave them out of their own row.
+        """
+        with torch.no_grad(), torch.autocast(f.device.type, enabled=False):
+            f, tasks = f.float(), self.rows.tasks
+            if tasks == 1:
+                return torch.ones(f.shape[0], 1, device=f.device)
+            # Also a sum of probabilities may be above 1, by rounding.
+            found = self.rows.task_weights(f, own) if self.energy is None else self.energy.energies(f)
+            weights = found.clamp(max=1.0)
+            if tasks > self.top_tasks:
+                value, which = weights.topk(self.top_tasks, 1)
+                weights = torch.zeros_like(weights).scatter(1, which, value)
+            return weights
+
+    def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
+        """Random rows and even energies of tasks with so many classes; the subspace is there already."""
+        self.rows.simulate(classes, generator)
+        if self.energy is not None:
+            even = {f"fit.{t}": torch.zeros_like(ENERGY_KAPPAS) for t in range(len(classes))}
+            self.energy.load_state({"means": torch.ones(len(classes), dtype=torch.float64)} | even)
+
+    def state(self) -> dict[str, Tensor]:
+        """Rows and, where used, energies."""
+        tensors = {f"rows.{name}": x for name, x in self.rows.state().items()}
+        if self.energy is not None:
+            tensors |= {f"energy.{name}": x for name, x in self.energy.state().items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        self.rows.load_state(part(tensors, "rows"))
+        if self.energy is not None:
+            self.energy.load_state(part(tensors, "energy"))
+
+
+class DynamicMemory:
+    """The gate of all adapted layers: which points are read, and what a layer gets.
+
+    Args:
+        mode: ``"first"`` (one point, at the first adapted layer, above frozen layers only), ``"layer"`` or
+            ``"off"`` (all weights 1).
+        points: the gate points by layer, in order.
+        reader: how to read an image's feature from its tokens.
+    """
+
+    def __init__(self, mode: str, points: dict[int, GatePoint], reader: TokenReader) -> None:
+        self.mode, self.points, self.reader = mode, points, reader
+        self.tasks = 0
+        self.features: dict[int, Tensor] = {}  # of the latest forward pass, by layer
+        self.latest: dict[int, Tensor] = {}  # weights of the latest forward pass, by layer
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def own_images(self, labels: Tensor, indices: Tensor) -> Iterator[None]:
+        """Inside the context, images are the current task's: each is left out of its own row."""
+        self._batch = (labels, indices)
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    def gate(self, layer: int, x: Tensor) -> Tensor | None:
+        """Weights (B, T) for the input (B, N, d) of an adapted layer; None before the first task."""
+        point = self.points.get(layer)
+        if point is not None:
+            self.features[layer] = self.reader.description(x.detach(), layer)
+        if self.tasks == 0:
+            return None
+        if self.mode == "off":
+            self.latest[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
+        elif point is not None:
+            self.latest[layer] = point.weights(self.features[layer], self._own(point))
+        else:
+            self.latest[layer] = self.latest[next(iter(self.points))]
+        return self.latest[layer]
+
+    def mean_weights(self) -> Tensor | None:
+        """Weights (B, T) of the latest pass, averaged over adapted layers; None before the first task."""
+        return torch.stack(list(self.latest.values())).mean(0) if self.latest else None
+
+    def release(self) -> None:
+        """Forgets the features of single images, once the task they belong to has ended."""
+        self.features, self.latest = {}, {}
+        for point in self.points.values():
+            point.f0 = point.f0[:0]
+
+    def _own(self, point: GatePoint) -> Own | None:
+        if self._batch is None:
+            return None
+        labels, indices = self._batch
+        return point.rows.own(self.tasks - 1, labels, point.f0[indices.to(point.f0.device)])
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with ``prefix.``, under the rest of their name."""
+    return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")}

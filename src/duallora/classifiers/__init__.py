@@ -1,0 +1,1 @@
+"""What turns features into class probabilities: class statistics, heads, and how they are joined."""

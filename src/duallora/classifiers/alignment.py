@@ -1,0 +1,117 @@
+"""A Gaussian per row with a covariance of its own, and heads refitted on what is drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from duallora.classifiers.heads import Heads
+
+
+class Gaussians:
+    """Mean (R, d) and covariance (R, d, d) of every row, fp32 on the CPU: ``4 d (d + 1)`` bytes a row.
+
+    Args:
+        dim: d, width of the features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.mean, self.covariance = torch.zeros(0, dim), torch.zeros(0, dim, dim)
+
+    def add(self, features: Tensor, labels: Tensor, classes: int) -> None:
+        """Adds the rows of a task from its features (n, d) and labels (n,); one image has covariance 0."""
+        x, labels = features.cpu().double(), labels.cpu()
+        for c in range(classes):
+            own = x[labels == c]
+            centred = own - own.mean(0)
+            covariance = centred.T @ centred / max(len(own) - 1, 1)
+            self.mean = torch.cat([self.mean, own.mean(0, keepdim=True).float()])
+            self.covariance = torch.cat([self.covariance, covariance[None].float()])
+
+    def simulate(self, rows: int) -> None:
+        """So many rows around zero, for measurements."""
+        dim = self.mean.shape[1]
+        self.mean, self.covariance = torch.zeros(rows, dim), torch.eye(dim).repeat(rows, 1, 1)
+
+    def forget(self, kept: Tensor) -> None:
+        """Loses rows; ``kept`` (R,), bool, says which stay."""
+        self.mean, self.covariance = self.mean[kept], self.covariance[kept]
+
+    def move(self, mean: Tensor, jacobian: Tensor) -> None:
+        """Rows now lie at ``mean`` (R, d) with covariances ``J S J^T``, J = dy/dx (R, d, d) or (d, d)."""
+        j = jacobian.cpu().double()
+        moved = j @ self.covariance.double() @ j.mT
+        self.mean, self.covariance = mean.cpu().float(), ((moved + moved.mT) / 2).float()
+
+    def factors(self, ridge: float) -> Tensor:
+        """Lower Cholesky factors (R, d, d) of the covariances with a ridge.
+
+        The ridge is at least 1e-5 of a row's largest variance: the error of fp32 must not make it indefinite.
+        """
+        covariance = self.covariance.double()
+        least = 1e-5 * covariance.diagonal(dim1=1, dim2=2).amax(1)
+        eye = torch.eye(covariance.shape[1], dtype=torch.float64)
+        factors: Tensor = torch.linalg.cholesky(covariance + least.clamp(min=ridge)[:, None, None] * eye)
+        return factors.float()
+
+    def state(self) -> dict[str, Tensor]:
+        """Means and covariances."""
+        return {"mean": self.mean, "covariance": self.covariance}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        self.mean, self.covariance = tensors["mean"].cpu(), tensors["covariance"].cpu()
+
+
+@torch.enable_grad()
+def refit(
+    heads: Heads,
+    mean: Tensor,
+    factors: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    samples: int,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> None:
+    """Trains all heads together on features drawn from Gaussians, from where they are.
+
+    Every epoch draws anew; every batch holds equally many samples of every row. The learning rate follows a
+    cosine to zero.
+
+    Args:
+        heads: changed in place.
+        mean: of the rows (R, d).
+        factors: Cholesky factors of their covariances (R, d, d).
+        loss: of logits (n, R) and rows (n,).
+        optimizer: of weight (R, d) and bias (R,).
+        samples: a row and epoch.
+        epochs: over the samples.
+        batch_size: samples of all rows in a step, rounded down to equal shares; at least one a row.
+        generator: draws the samples.
+    """
+    device, rows = heads.device, len(mean)
+    each = min(max(batch_size // rows, 1), samples)
+    parameters = [torch.cat([getattr(h, name).detach() for h in heads.tasks]) for name in ("weight", "bias")]
+    weight, bias = (p.requires_grad_() for p in parameters)
+    steps = epochs * (samples // each)
+    steepest = optimizer([weight, bias])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(steepest, T_max=max(steps, 1))
+    target = torch.arange(rows, device=device).repeat_interleave(each)
+    for _ in range(epochs):
+        noise = torch.randn(rows, samples, mean.shape[1], generator=generator).to(device)
+        drawn = mean.to(device)[:, None] + noise @ factors.to(device).mT
+        for start in range(0, samples - each + 1, each):
+            x = drawn[:, start : start + each].flatten(0, 1)
+            steepest.zero_grad()
+            loss(x @ weight.T + bias, target).backward()
+            steepest.step()
+            schedule.step()
+    with torch.no_grad():
+        sizes = [len(h.bias) for h in heads.tasks]  # type: ignore[arg-type]
+        for head, w, b in zip(heads.tasks, weight.split(sizes), bias.split(sizes), strict=True):
+            head.weight.copy_(w)  # type: ignore[operator]
+            head.bias.copy_(b)  # type: ignore[operator]

@@ -1,0 +1,212 @@
+"""From an image to the backbone's input: the evaluation transform and the keyed augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from duallora.data.images import to_pil
+from duallora.errors import DualLoRAError
+
+if TYPE_CHECKING:
+    from duallora.backbones.backbone import BackboneInfo
+
+ImageLike = Image.Image | torch.Tensor | str | Path
+Box = tuple[int, int, int, int]
+"""Left, upper, right and lower edge in pixels, as Pillow has it."""
+
+CROP_SHARE = 0.6
+"""Smallest share of the image's area that a random crop keeps, where the policy names none."""
+
+CROP_RATIO: tuple[float, float] = (3 / 4, 4 / 3)
+"""Smallest and largest ratio of width to height of a random crop."""
+
+_CROP_ATTEMPTS = 10
+_LONGEST_STRIP = 8
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+def evaluation_transform(info: BackboneInfo) -> Callable[[ImageLike], torch.Tensor]:
+    """The transform the backbone was evaluated with: resize, centre crop, normalise.
+
+    The shorter side is resized to ``floor(size / crop_pct)``, as timm does.
+
+    Args:
+        info: input size, mean, standard deviation, interpolation and crop share of the backbone.
+
+    Returns:
+        A picklable function from an image to a float32 tensor of shape (3, height, width).
+
+    Raises:
+        DualLoRAError: the backbone's interpolation is unknown.
+    """
+    return _Evaluation(info)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random resized crop and flip, every draw keyed by (seed, task, epoch, sample index).
+
+    Neither the worker, nor the order of the samples, nor any global generator has a part in the result.
+
+    Attributes:
+        info: the backbone's preprocessing.
+        policy: parts joined by a comma: ``"crop"`` keeps at least `CROP_SHARE` of the image, ``"crop=SHARE"``
+            at least that share, ``"flip"`` mirrors every second one; ``"none"`` is the evaluation transform.
+        seed: the run's seed.
+        task: the number of the task, from 0.
+
+    Raises:
+        DualLoRAError: the policy or the backbone's interpolation is unknown.
+    """
+
+    info: BackboneInfo
+    policy: str = "crop,flip"
+    seed: int = 0
+    task: int = 0
+    _evaluation: _Evaluation = field(init=False, repr=False, compare=False)
+    _smallest: float | None = field(init=False, repr=False, compare=False)
+    _flip: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        smallest, flip = _parts(self.policy)
+        object.__setattr__(self, "_smallest", smallest)
+        object.__setattr__(self, "_flip", flip)
+        object.__setattr__(self, "_evaluation", _Evaluation(self.info))
+
+    def __call__(self, image: ImageLike, epoch: int, index: int) -> torch.Tensor:
+        """Gives the view of one sample in one epoch: float32, (3, height, width)."""
+        if self.policy == "none":
+            return self._evaluation(image)
+        picture = to_pil(image)
+        # Seeding with text goes through a hash of it: neighbouring keys give unrelated draws.
+        random = Random(f"{self.seed:d}/{self.task:d}/{epoch:d}/{index:d}")
+        box = None
+        if self._smallest is not None:
+            box = _random_box(picture.width, picture.height, self._smallest, random)
+        mirror = self._flip and random.random() < 0.5
+        if box is None:
+            return self._evaluation(ImageOps.mirror(picture) if mirror else picture)
+        return self._evaluation.cut(picture, box, mirror=mirror)
+
+
+def _parts(policy: str) -> tuple[float | None, bool]:
+    """The smallest share that a crop keeps (None: no crop), and whether images are mirrored.
+
+    Raises:
+        DualLoRAError: an unknown part, or one that comes twice.
+    """
+    parts = policy.split(",")
+    crops = [part for part in parts if part == "crop" or part.startswith("crop=")]
+    others = [part for part in parts if part not in crops]
+    try:
+        shares = [float(part.removeprefix("crop=")) if part != "crop" else CROP_SHARE for part in crops]
+    except ValueError:
+        shares = [0.0]
+    sound = len(crops) < 2 and all(0 < share <= 1 for share in shares)
+    if policy != "none" and not (sound and others in ([], ["flip"])):
+        raise DualLoRAError(
+            f"unknown augmentation {policy!r}: give crop, crop=SHARE with a share in (0, 1], or flip, or one "
+            "of the first two and flip joined by a comma, or none"
+        )
+    return (shares[0] if shares else None), "flip" in others
+
+
+class _Evaluation:
+    """Evaluation transform; a class because workers that are started afresh have to unpickle it."""
+
+    def __init__(self, info: BackboneInfo) -> None:
+        if info.interpolation not in _RESAMPLING:
+            valid = ", ".join(_RESAMPLING)
+            raise DualLoRAError(
+                f"unknown interpolation {info.interpolation!r} of the backbone: valid are {valid}"
+            )
+        if info.crop_mode not in ("center", "squash"):
+            raise DualLoRAError(
+                f"unknown crop mode {info.crop_mode!r} of the backbone: valid are center, squash"
+            )
+        self.squash = info.crop_mode == "squash"
+        self.resampling = _RESAMPLING[info.interpolation]
+        self.height, self.width = info.input_size[1:]
+        self.scaled_height = max(self.height, math.floor(self.height / info.crop_pct))
+        self.scaled_width = max(self.width, math.floor(self.width / info.crop_pct))
+        deviation = np.asarray(info.std, dtype=np.float64)
+        # Bytes to normalised values in one multiplication and one addition.
+        self.scale = (1 / (255 * deviation)).astype(np.float32).reshape(3, 1, 1)
+        self.shift = (-np.asarray(info.mean) / deviation).astype(np.float32).reshape(3, 1, 1)
+
+    def __call__(self, image: ImageLike) -> torch.Tensor:
+        picture = to_pil(image) if self.squash else _without_long_ends(to_pil(image))
+        width, height = picture.size
+        if self.squash:
+            size = (self.scaled_width, self.scaled_height)
+        elif width * self.scaled_height >= height * self.scaled_width:
+            size = (int(self.scaled_height * width / height), self.scaled_height)
+        else:
+            size = (self.scaled_width, int(self.scaled_width * height / width))
+        if size != picture.size:
+            picture = picture.resize(size, self.resampling)
+        left, upper = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
+        if size != (self.width, self.height):
+            picture = picture.crop((left, upper, left + self.width, upper + self.height))
+        return self._to_tensor(np.asarray(picture))
+
+    def cut(self, picture: Image.Image, box: Box, *, mirror: bool) -> torch.Tensor:
+        """Resizes a part of an image to the input size."""
+        pixels = np.asarray(picture.resize((self.width, self.height), self.resampling, box=box))
+        return self._to_tensor(pixels[:, ::-1] if mirror else pixels)
+
+    def _to_tensor(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+        values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
+        values *= self.scale
+        values += self.shift
+        return torch.from_numpy(values)
+
+
+def _without_long_ends(picture: Image.Image) -> Image.Image:
+    """Cuts what the centre crop drops anyway off a strip, which would be blown up by the resize."""
+    width, height = picture.size
+    if width > _LONGEST_STRIP * height:
+        left = (width - _LONGEST_STRIP * height) // 2
+        return picture.crop((left, 0, left + _LONGEST_STRIP * height, height))
+    if height > _LONGEST_STRIP * width:
+        upper = (height - _LONGEST_STRIP * width) // 2
+        return picture.crop((0, upper, width, upper + _LONGEST_STRIP * width))
+    return picture
+
+
+def _random_box(width: int, height: int, share: float, random: Random) -> Box:
+    smallest, largest = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * (share + (1.0 - share) * random.random())
+        ratio = math.exp(smallest + (largest - smallest) * random.random())
+        cut_width, cut_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < cut_width <= width and 0 < cut_height <= height:
+            left = math.floor((width - cut_width + 1) * random.random())
+            upper = math.floor((height - cut_height + 1) * random.random())
+            return left, upper, left + cut_width, upper + cut_height
+    return _middle_box(width, height)
+
+
+def _middle_box(width: int, height: int) -> Box:
+    """The largest box in the middle whose ratio is allowed: for images too narrow for a random one."""
+    cut_width = min(width, max(1, round(height * CROP_RATIO[1])))
+    cut_height = min(height, max(1, round(width / CROP_RATIO[0])))
+    left, upper = (width - cut_width) // 2, (height - cut_height) // 2
+    return left, upper, left + cut_width, upper + cut_height

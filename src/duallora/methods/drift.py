@@ -1,0 +1,118 @@
+"""Maps from the features before a task to those after it, fitted on the task's own images (after SLDC)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duallora.adapters.lora import kaiming
+
+
+class Linear(nn.Module):
+    """``x M``.
+
+    Args:
+        matrix: M (d, d).
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        y: Tensor = x @ self.matrix
+        return y
+
+
+class WeaklyNonlinear(nn.Module):
+    """``|x| h(x / |x|)``, ``h(u) = p_0 u + p_1 u L + p_2 (relu(u V + v) W + w)``, ``p = softmax(mix)``.
+
+    Args:
+        dim: d.
+        generator: draws V and W; L starts as the identity.
+    """
+
+    def __init__(self, dim: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
+        self.linear = nn.Parameter(torch.eye(dim))
+        self.inner, self.outer = (nn.Parameter(kaiming(dim, dim, generator)) for _ in range(2))
+        self.inner_bias, self.outer_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+
+    def unit(self, u: Tensor) -> Tensor:
+        """H on unit vectors: (..., d) -> (..., d)."""
+        p = self.mix.softmax(0)
+        hidden = (u @ self.inner + self.inner_bias).relu()
+        return p[0] * u + p[1] * (u @ self.linear) + p[2] * (hidden @ self.outer + self.outer_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        norm = x.norm(dim=-1, keepdim=True)
+        y: Tensor = norm * self.unit(x / norm.clamp(min=1e-12))
+        return y
+
+
+def linear_map(before: Tensor, after: Tensor, alpha: float) -> Linear:
+    """``M = (1 - w) (X^T X + 1e-4 I)^-1 X^T Y + w I``, ``w = exp(-n / (alpha d))``.
+
+    Args:
+        before: features (n, d); X are these at unit length.
+        after: features (n, d); Y are these at unit length.
+        alpha: how many images a dimension the least-squares map needs to be believed; at 0 it always is.
+    """
+    x, y = F.normalize(before.cpu().double()), F.normalize(after.cpu().double())
+    n, dim = x.shape
+    eye = torch.eye(dim, dtype=x.dtype)
+    w = math.exp(-n / (alpha * dim)) if alpha else 0.0
+    matrix = (1 - w) * torch.linalg.solve(x.T @ x + 1e-4 * eye, x.T @ y) + w * eye
+    return Linear(matrix.float().to(before.device))
+
+
+def ridge_map(before: Tensor, after: Tensor) -> Tensor:
+    """``M = I + (X^T X + l I)^-1 X^T (Y - X)``, ``l = 0.01 tr(X^T X) / d`` (d, d), fp64, on the CPU.
+
+    A feature that does not move stays exactly as it is.
+
+    Args:
+        before: X (n, d).
+        after: Y (n, d).
+    """
+    x, y = before.cpu().double(), after.cpu().double()
+    gram = x.T @ x
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    ridge = 0.01 * float(gram.trace()) / max(len(gram), 1)
+    moved: Tensor = torch.linalg.solve(gram + ridge * eye, x.T @ (y - x))
+    return eye + moved
+
+
+@torch.enable_grad()
+def weakly_nonlinear_map(
+    before: Tensor, after: Tensor, steps: int, generator: torch.Generator
+) -> WeaklyNonlinear:
+    """Adam on ``mean (h(x) - y)^2 + 1/2 p_2^2``, x and y at unit length.
+
+    The mean over d entries of unit vectors is so small that the penalty alone decides the mixture p.
+
+    Args:
+        before: features (n, d).
+        after: features (n, d).
+        steps: of 32 images each; the learning rate goes from 1e-3 to 5e-4.
+        generator: draws the MLP and the batches.
+    """
+    x, y = F.normalize(before), F.normalize(after)
+    found = WeaklyNonlinear(x.shape[1], generator).to(x.device)
+    adam = torch.optim.Adam(found.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1), eta_min=5e-4)
+    for _ in range(steps):
+        some = torch.randint(len(x), (32,), generator=generator).to(x.device)
+        adam.zero_grad()
+        share = found.mix.softmax(0)[2]
+        loss = F.mse_loss(found.unit(x[some]), y[some]) + share.square() / 2
+        loss.backward()
+        adam.step()
+        schedule.step()
+    return found.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Where and how a program computes: devices, processes, progress."""

@@ -1,0 +1,1 @@
+"""What is written to disk: saved models and documents, whole or not at all."""

@@ -1,0 +1,54 @@
+"""What a new process has to import: seconds of a command are imports, and one too many is soon written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from duallora.backbones.backbone import load_backbone
+from duallora.bench.candidates import Candidate
+from duallora.bench.startup import startup
+from duallora.bench.synthetic import simulated_learner
+from duallora.methods import METHODS
+
+_PREDICTION = """
+import sys, torch
+from duallora import ContinualLearner
+ContinualLearner.load(sys.argv[1], device="cpu").predict([torch.zeros(3, 64, 64)])
+"""
+_HELP = "from duallora.cli import main; main(sys.argv[1:])"
+
+
+def imported(script: str, *words: str) -> set[str]:
+    """Top-level modules that a new process holds at its end."""
+    end = "\nprint('|'.join(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + script + end, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.splitlines()[-1].split("|"))
+
+
+@pytest.mark.parametrize("words", [("--help",), ("predict", "--help"), ("serve", "--help")], ids=" ".join)
+def test_help_waits_for_no_library(words: tuple[str, ...]) -> None:
+    assert imported(_HELP, *words) & {"torch", "timm", "numpy", "lightning_fabric"} == set()
+
+
+@pytest.mark.parametrize("method", ["duallora", "ranpac"])
+def test_a_prediction_imports_neither_what_trains_nor_what_measures(method: str, tmp_path: Path) -> None:
+    config = METHODS[method].config()
+    simulated_learner(load_backbone("embedded"), config, tasks=2, classes=2).save(tmp_path / "model")
+    found = imported(_PREDICTION, str(tmp_path / "model"))
+    assert {"torch", "timm", "duallora"} <= found
+    assert found & {"lightning_fabric", "torchmetrics", "sklearn", "jsonargparse", "matplotlib"} == set()
+
+
+def test_processes_are_timed_in_turn() -> None:
+    found = startup(Candidate("duallora", METHODS["duallora"].config()), tasks=2, classes=2, repeats=1)
+    assert all(found[f"{name}_seconds"] > 0 for name in ("frozen", "learned", "help"))
+    assert found["load_ratio"] == pytest.approx(found["learned_seconds"] / found["frozen_seconds"])

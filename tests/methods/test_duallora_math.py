@@ -1,0 +1,604 @@
+"""The whole method on tiny backbones, against formulas written out from what it stored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_backbone, tiny_images
+from torch import Tensor
+from torch.testing import assert_close
+
+from duallora import streams
+from duallora.adapters.dual_lora import AdaptedQKV, DualAdapter
+from duallora.backbones.backbone import Backbone, load_backbone
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.data.transforms import evaluation_transform
+from duallora.methods import Batch, TaskInfo
+from duallora.methods.duallora import DualLoRA, DualLoRAConfig
+
+DIM, TOKENS, CPU = 32, 17, torch.device("cpu")
+near = partial(assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+class Data:
+    """A task of images in memory."""
+
+    def __init__(self, index: int, images: Tensor, labels: Tensor) -> None:
+        classes = tuple(f"{index}-{c}" for c in range(int(labels.max()) + 1))
+        self.info, self.images, self.labels = TaskInfo(index, f"task {index + 1}", classes), images, labels
+
+    def batch(self, indices: Tensor) -> Batch:
+        return Batch(self.images[indices], self.labels[indices], indices)
+
+    def loader(self) -> list[Batch]:
+        return [self.batch(indices) for indices in torch.arange(len(self.labels)).split(5)]
+
+
+def random_task(index: int, count: int = 12, classes: int = 2) -> Data:
+    """Random images whose classes differ, and whose task differs from other tasks."""
+    labels = torch.arange(count) % classes
+    shift = torch.randn(1 + classes, 3, 32, 32, generator=torch.Generator().manual_seed(500 + index))
+    return Data(index, tiny_images(count, 10 + index) + 0.3 * shift[0] + 0.3 * shift[1 + labels], labels)
+
+
+def method_of(backbone: Backbone | None = None, **fields: Any) -> DualLoRA:
+    fields = {"rank": 4, "residual_rank": 3} | fields
+    return DualLoRA(
+        tiny_backbone() if backbone is None else backbone, DualLoRAConfig(**{"residual": "next"} | fields), 0
+    )
+
+
+def train(method: DualLoRA, data: Data, steps: int = 12, learning_rate: float = 2e-2) -> None:
+    optimizer = torch.optim.Adam(
+        [p for group in method.parameter_groups() for p in group["params"]], learning_rate
+    )
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        batch = data.batch(torch.randint(0, len(data.labels), (8,), generator=generator))
+        optimizer.zero_grad()
+        method.loss(batch).backward()
+        optimizer.step()
+        method.after_step()
+
+
+def learn(method: DualLoRA, data: Data, steps: int = 12) -> None:
+    method.prepare(data.info, data.loader)
+    if len(data.info.classes) > 1:
+        train(method, data, steps)
+    method.consolidate(data.info, data.loader)
+
+
+def adapters(method: DualLoRA) -> list[tuple[tuple[int, str], DualAdapter]]:
+    return [((layer, group), method.adapted[layer].groups[group]) for layer, group in method.subspaces]
+
+
+def calls_of(module: AdaptedQKV, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of an adapted projection while ``run`` runs, over all its batches."""
+    inputs, outputs = [], []
+
+    def read(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.append(args[0].detach().clone())
+        outputs.append(output.detach().clone())
+
+    handle = module.register_forward_hook(read)
+    run()
+    handle.remove()
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+def described(x: Tensor, layer: int = 1, class_token: bool = True, prefix: int = 1) -> Tensor:
+    """What the gate reads of the tokens x (n, N, d): class token and mean patch token, written out."""
+    mean = sum(x[:, i] for i in range(prefix, x.shape[1])) / (x.shape[1] - prefix)
+    return torch.cat([x[:, 0], mean], 1) if class_token and layer > 0 else mean
+
+
+# -- the network ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["next", "protected", "own", "none"])
+def test_before_the_first_step_the_network_is_the_frozen_one_bit_for_bit(residual: str) -> None:
+    data = random_task(0)
+    frozen = tiny_backbone()(data.images)
+    method = method_of(residual=residual)
+    assert torch.equal(method.backbone(data.images), frozen)
+    method.prepare(data.info, data.loader)
+    assert torch.equal(method.backbone(data.images), frozen)
+    assert len(list(method.adapted[1].groups["kv"].parameters())) > 0
+    with method.memory.own_images(data.labels, torch.arange(12)):
+        assert torch.equal(method.backbone(data.images), frozen)
+    train(method, data)
+    assert float((method.backbone(data.images) - frozen).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("residual", ["next", "own", "protected"])
+@pytest.mark.parametrize("projections", ["kv", "qv", "qkv"])
+def test_an_adapted_layer_equals_its_formula_with_the_gate_written_out(
+    residual: str, projections: str
+) -> None:
+    """W_0, the stored factors and a softmax over rows of raw features give the layer's output."""
+    tasks = [random_task(index) for index in range(3)]
+    method = method_of(residual=residual, projections=projections, energy_threshold=0.6, top_tasks=2)
+    frozen = tiny_backbone().attention(1).get_submodule("qkv")
+    updates, residuals = torch.zeros(DIM, DIM * len(projections), dtype=torch.float64), {}
+    for data in tasks:
+        method.prepare(data.info, data.loader)
+        train(method, data)
+        adapter = method.adapted[1].groups[projections]
+        updates += (adapter.a.double() @ adapter.b.double()).detach()
+        if adapter.psi is not None:
+            residuals[data.info.index] = (adapter.psi.double() @ adapter.c.double()).detach()
+        method.consolidate(data.info, data.loader)
+    probes = torch.cat([data.images[:3] for data in tasks])
+    x, y = calls_of(method.adapted[1], lambda: method.logits(probes))
+    x, found = x.double(), method.gate_weights()
+
+    # Features at the gate come from frozen layers: any later pass sees the same.
+    rows = RowMemory(2 * DIM, CPU)
+    for data in tasks:
+        f = described(calls_of(method.adapted[1], lambda data=data: method.logits(data.images))[0])
+        rows.replace(data.info.index, ClassMoments.of(f, data.labels, 2))
+        rows.fit(data.info.index, f, data.labels)
+    scores = (rows.kappa * rows.scores(described(x).float())).softmax(1)
+    weights = torch.stack([scores[:, 2 * t] + scores[:, 2 * t + 1] for t in range(3)], 1).double()
+    weights = weights * (weights >= weights.sort(1, descending=True).values[:, 1:2])
+
+    expected = x @ frozen.weight.double().T + frozen.bias.double()
+    for i in range(len(x)):
+        extra = x[i] @ updates + sum(weights[i, t] * (x[i] @ product) for t, product in residuals.items())
+        for j, projection in enumerate(projections):
+            start = "qkv".index(projection) * DIM
+            expected[i, :, start : start + DIM] += extra[:, j * DIM : (j + 1) * DIM]
+    near(y, expected, atol=1e-4)
+    assert len(residuals) == (2 if residual == "protected" else 3)
+    assert all(float(product.norm()) > 1e-2 for product in residuals.values())
+    near(found, weights)
+    assert 0.5 < float(weights.max(1).values.mean()) < 0.99, "the gate must have something to weigh"
+
+
+def test_bases_of_a_task_are_disjoint_and_outside_the_earlier_tasks() -> None:
+    for residual in ("next", "own", "protected"):
+        method = method_of(residual=residual, energy_threshold=0.7)
+        for index in range(3):
+            data = random_task(index)
+            method.prepare(data.info, data.loader)
+            for place, adapter in adapters(method):
+                phi = method.subspaces[place].phi.float()
+                near(adapter.a.T @ adapter.a, torch.eye(4) / 3)
+                near(phi.T @ adapter.a, torch.zeros(phi.shape[1], 4))
+                if adapter.psi is None:
+                    assert residual == "protected" and index == 0
+                    continue
+                near(adapter.psi.T @ adapter.psi, torch.eye(3))
+                near(adapter.psi.T @ adapter.a, torch.zeros(3, 4))
+                inside = float((phi.T @ adapter.psi).norm()) / 3**0.5
+                low, high = {"next": (0, 1e-4), "protected": (0.9999, 1.0001), "own": (0.01, 1)}[residual]
+                assert index == 0 or low <= inside <= high
+            train(method, data, 2)
+            method.consolidate(data.info, data.loader)
+
+
+def test_class_token_moments_give_every_projection_its_own_bases() -> None:
+    method = method_of(moments="class_token", projections="qkv", first_adapted_layer=0, gate="layer")
+    for index in range(2):
+        learn(method, random_task(index), 4)
+    assert set(method.subspaces) == {(layer, group) for layer in (0, 1) for group in "qkv"}
+    sizes = {place: subspace.phi.shape[1] for place, subspace in method.subspaces.items()}
+    assert sizes[1, "q"] <= 24 and sizes[1, "q"] != sizes[1, "k"]
+    assert bool(torch.isfinite(method.logits(tiny_images()).calibrated).all())
+
+
+# -- what protects earlier tasks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orthogonal_update", ["designed", "projected"])
+@pytest.mark.parametrize("projections", ["kv", "qkv"])
+def test_inputs_of_exact_rank_keep_their_outputs(orthogonal_update: str, projections: str) -> None:
+    """One image has 17 tokens in 32 dimensions: at threshold 1 its whole span is protected everywhere."""
+    backbone = tiny_backbone(depth=3)
+    method = method_of(
+        backbone,
+        residual="none",
+        energy_threshold=1.0,
+        orthogonal_update=orthogonal_update,
+        projections=projections,
+    )
+    old, new = Data(0, tiny_images(1, 1), torch.zeros(1, dtype=torch.long)), random_task(1)
+    learn(method, old)
+    assert all(subspace.phi.shape[1] <= TOKENS for subspace in method.subspaces.values())
+    assert len(method.subspaces) == 2, "layers 1 and 2"
+    before = {layer: calls_of(m, lambda: method.logits(old.images))[1] for layer, m in method.adapted.items()}
+    features, others = method.backbone(old.images), method.backbone(new.images)
+    learn(method, new)
+    for layer, module in method.adapted.items():
+        after = calls_of(module, lambda: method.logits(old.images))[1]
+        assert float((after - before[layer]).abs().max()) < 1e-5
+    assert float((method.backbone(old.images) - features).abs().max()) < 1e-5
+    assert float((method.backbone(new.images) - others).abs().max()) > 1e-2, (
+        "the task must have learned something"
+    )
+
+
+def test_a_gated_residual_for_others_is_what_may_move_an_old_image() -> None:
+    """The same with a residual outside the old span: safe by construction, whatever the gate says."""
+    method = method_of(tiny_backbone(depth=3), residual="next", energy_threshold=1.0, gate="off")
+    old, new = Data(0, tiny_images(1, 1), torch.zeros(1, dtype=torch.long)), random_task(1)
+    learn(method, old)
+    features = method.backbone(old.images)
+    learn(method, new)
+    assert method.residual_norm > 1e-3
+    assert float((method.backbone(old.images) - features).abs().max()) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[DualLoRA, dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+    """Two tasks of real images: tokens of the first one, Phi after it, and the update of the second one."""
+    backbone = load_backbone()
+    view, tasks = evaluation_transform(backbone.info), []
+    for index, task in enumerate(list(streams.digits())[:2]):
+        chosen = [i for c in range(2) for i in [j for j, y in enumerate(task.train.targets) if y == c][:10]]
+        samples = [task.train[i] for i in chosen]
+        tasks.append(
+            Data(index, torch.stack([view(x) for x, _ in samples]), torch.tensor([y for _, y in samples]))
+        )
+    method = method_of(backbone, rank=10, residual_rank=10)
+    old, new = tasks
+    learn(method, old, 4)
+    tokens = {
+        layer: calls_of(m, lambda: method.backbone(old.images))[0].detach().double().flatten(0, 1)
+        for layer, m in method.adapted.items()
+    }
+    phi = {layer: subspace.phi.clone() for (layer, _), subspace in method.subspaces.items()}
+    learn(method, new, 4)
+    updates = {layer: m.groups["kv"].factors[1] for layer, m in method.adapted.items()}
+    return method, tokens, phi, {layer: (a.double(), b.double()) for layer, (a, b) in updates.items()}
+
+
+def test_on_real_images_the_update_moves_old_tokens_less_than_the_unprotected_energy_allows(
+    digits: Any,
+) -> None:
+    _, tokens, phi, updates = digits
+    assert len(tokens) == 4
+    for layer, x in tokens.items():
+        a, b = updates[layer]
+        moment = x.T @ x / len(x)
+        captured = float((phi[layer].T @ moment @ phi[layer]).trace() / moment.trace())
+        assert 0.95 <= captured < 1
+        size = float(torch.linalg.matrix_norm(b, 2) ** 2 * torch.linalg.matrix_norm(a, 2) ** 2)
+        bound = size * (1 - captured) * float(moment.trace())
+        moved = float((x @ a @ b).square().sum(1).mean())
+        assert 0 < moved < bound
+        strongest = torch.linalg.eigh(moment)[1][:, -a.shape[1] :] * 3**-0.5
+        assert float((x @ strongest @ b).square().sum(1).mean()) > 3 * moved, (
+            "an unprotected A must move them more"
+        )
+
+
+def test_on_real_images_phi_is_as_small_as_the_threshold_allows(digits: Any) -> None:
+    _, tokens, phi, _ = digits
+    for layer, x in tokens.items():
+        moment = x.T @ x / len(x)
+        share = (phi[layer].T @ moment @ phi[layer]).diagonal() / moment.trace()
+        assert float(share.sum()) >= 0.95 - 1e-6
+        assert float(share[:-1].sum()) < 0.95
+        assert phi[layer].shape[1] < 96, "half the width at most: the threshold must leave room"
+
+
+# -- tasks that are hard to measure --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["next", "protected", "own", "none"])
+@pytest.mark.parametrize("moments", ["tokens", "class_token"])
+def test_single_images_and_few_directions_are_learned(residual: str, moments: str) -> None:
+    """Fewer tokens than dimensions, one image a class, one class: bases shrink, nothing becomes NaN."""
+    method = method_of(residual=residual, moments=moments, rank=14, residual_rank=14)
+    pair = Data(0, tiny_images(2, 3), torch.arange(2))
+    single = Data(1, tiny_images(1, 4), torch.zeros(1, dtype=torch.long))
+    copies = Data(2, tiny_images(1, 5).expand(4, -1, -1, -1), torch.arange(4) % 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the complement may run out: tested below
+        for data in (pair, single, copies):
+            learn(method, data, 3)
+    readout = method.logits(torch.cat([pair.images, single.images, copies.images[:1], tiny_images(3, 99)]))
+    assert readout.heads.shape == (7, 5)
+    for value in (readout.heads, readout.calibrated, readout.task_posterior, readout.familiarity):
+        assert bool(torch.isfinite(value).all())
+    near(readout.calibrated.exp().sum(1), torch.ones(7))
+    assert readout.task_posterior.argmax(1)[:4].tolist() == [0, 0, 1, 2]
+    if moments == "class_token":
+        assert method.subspaces[1, "v"].phi.shape[1] <= 2 * 2 + 2 + 2, (
+            "a pooled row for each head of each image"
+        )
+
+
+@pytest.mark.parametrize(
+    ("residual", "goes_on"), [("next", False), ("none", False), ("own", True), ("protected", True)]
+)
+def test_an_exhausted_complement_stops_the_orthogonal_adapter_with_one_warning_a_layer(
+    residual: str, goes_on: bool
+) -> None:
+    method = method_of(tiny_backbone(depth=3), residual=residual, energy_threshold=1.0)
+    learn(method, random_task(0))
+    used = [subspace.phi.shape[1] for subspace in method.subspaces.values()]
+    assert used == [DIM - 1] * 2, (
+        "tokens after a norm have mean zero: that direction has no energy and never counts"
+    )
+    features = method.backbone(random_task(0).images)
+    data = random_task(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        method.prepare(data.info, data.loader)
+    assert len(caught) == 2, "one for each adapted layer"
+    assert all(f"layer {layer}" in str(w.message) for layer, w in zip((1, 2), caught, strict=True))
+    for _, adapter in adapters(method):
+        assert adapter.a is None and adapter.b is None
+        assert (adapter.psi is not None) == goes_on
+    train(method, data)
+    method.consolidate(data.info, data.loader)
+    assert method.orthogonal_norm == 0 and (method.residual_norm > 1e-3) == goes_on
+    assert all(len(adapter.factors) == 1 or adapter.dense is not None for _, adapter in adapters(method))
+    moved = float((method.backbone(data.images) - tiny_backbone(depth=3)(data.images)).abs().max())
+    assert moved > 1e-2
+    if not goes_on and residual == "none":
+        assert torch.equal(method.backbone(random_task(0).images), features)
+
+
+def test_an_orthogonal_adapter_of_rank_zero_is_no_exhausted_complement() -> None:
+    method, data = method_of(rank=0), random_task(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.prepare(data.info, data.loader)
+    assert method.adapted[1].groups["kv"].psi.shape == (DIM, 3)
+
+
+def test_the_last_directions_are_shared_out_before_they_run_out() -> None:
+    """17 of the 31 directions with energy are taken: r = 10 gets all it wants, r_R what is left."""
+    method = method_of(rank=10, residual_rank=10, energy_threshold=1.0)
+    learn(method, Data(0, tiny_images(1, 1), torch.zeros(1, dtype=torch.long)))
+    taken = method.subspaces[1, "kv"].phi.shape[1]
+    assert taken <= TOKENS
+    data = random_task(1)
+    method.prepare(data.info, data.loader)
+    adapter = method.adapted[1].groups["kv"]
+    assert adapter.a.shape[1] == 10 and adapter.psi.shape[1] == min(10, DIM - 1 - taken - 10)
+
+
+# -- the projected update ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["next", "own", "none", "protected"])
+def test_a_trained_down_projection_stays_outside_the_protected_directions(residual: str) -> None:
+    method = method_of(orthogonal_update="projected", residual=residual, energy_threshold=0.6)
+    learn(method, random_task(0))
+    data = random_task(1)
+    method.prepare(data.info, data.loader)
+    adapter, phi = method.adapted[1].groups["kv"], method.subspaces[1, "kv"].phi.float()
+    start = adapter.a.detach().clone()
+    train(method, data, 20)
+    a = adapter.a.detach()
+    assert float((phi.T @ a).abs().max()) < 1e-5
+    if adapter.psi is not None:
+        assert float((adapter.psi.T @ a).abs().max()) < 1e-5
+    assert float((a - start).norm()) > 1e-2, "A must move"
+
+
+@pytest.mark.parametrize("residual", ["next", "own", "none", "protected"])
+@pytest.mark.parametrize("threshold", [0.6, 0.99])
+def test_projection_takes_off_the_protected_directions_and_no_others(residual: str, threshold: float) -> None:
+    """``protected`` bases lie inside Phi: they add nothing, and A must not lose anything else for them."""
+    method = method_of(
+        orthogonal_update="projected", residual=residual, energy_threshold=threshold, residual_rank=8
+    )
+    learn(method, random_task(0))
+    data = random_task(1)
+    method.prepare(data.info, data.loader)
+    adapter, phi = method.adapted[1].groups["kv"], method.subspaces[1, "kv"].phi
+    assert adapter.a is not None
+    with torch.no_grad():
+        adapter.a.normal_(generator=torch.Generator().manual_seed(0))
+    taken = phi if adapter.psi is None else torch.cat([phi, adapter.psi.double()], 1)
+    a = adapter.a.detach().double()
+    expected = a - taken @ torch.linalg.pinv(taken, rtol=1e-5) @ a
+    assert float(expected.norm()) > 0.1
+    method.after_step()
+    near(adapter.a, expected, atol=1e-4)
+
+
+def test_a_designed_down_projection_is_never_touched() -> None:
+    method, data = method_of(), random_task(0)
+    method.prepare(data.info, data.loader)
+    start = method.adapted[1].groups["kv"].a.detach().clone()
+    train(method, data)
+    assert torch.equal(method.adapted[1].groups["kv"].a.detach(), start)
+    trained = sum(p.numel() for group in method.parameter_groups() for p in group["params"])
+    assert trained == (4 + 3) * 2 * DIM + 2 * (4 * DIM + 1), "B, C and the head, which reads what rows read"
+
+
+# -- the gate in training ------------------------------------------------------------------------------------
+
+
+def test_training_leaves_each_image_out_of_its_own_row() -> None:
+    method = method_of()
+    learn(method, random_task(0))
+    data = random_task(1, count=6)
+    method.prepare(data.info, data.loader)
+    point, batch = method.memory.points[1], data.batch(torch.tensor([4, 1, 3]))
+    method.loss(batch)
+    found = method.gate_weights()
+    f0 = described(calls_of(method.adapted[1], lambda: method.backbone(data.images))[0])
+    rows = RowMemory(2 * DIM, CPU)
+    old = random_task(0)
+    old_f = described(calls_of(method.adapted[1], lambda: method.backbone(old.images))[0])
+    for task, (f, y) in enumerate([(old_f, old.labels), (f0, data.labels)]):
+        rows.replace(task, ClassMoments.of(f, y, 2))
+        rows.fit(task, f, y)
+    assert rows.kappa == pytest.approx(point.rows.kappa)
+    moments = rows.moments
+    sigma = moments.scatter / (18 - 4)
+    variances = sigma.diagonal().clamp(min=max(1e-3 * float(sigma.trace()) / (2 * DIM), 1e-4))
+    sigma = sigma + (2 * DIM / 14) ** 1.5 / 2 * torch.diag(variances)
+    inverse = torch.linalg.inv(sigma)
+    for i, index in enumerate(batch.indices.tolist()):
+        f, label = f0[index].double(), int(data.labels[index])
+        means = moments.mean.clone()
+        others = [f0[j].double() for j in range(6) if data.labels[j] == label and j != index]
+        means[2 + label] = torch.stack(others).mean(0)
+        scores = torch.stack([f @ inverse @ mu - mu @ inverse @ mu / 2 for mu in means])
+        q = (rows.kappa * scores).softmax(0)
+        near(found[i], torch.stack([q[:2].sum(), q[2:].sum()]), atol=1e-3, rtol=1e-3)
+    method.backbone(batch.images)
+    assert float((method.gate_weights() - found)[:, 1].min()) > -1e-4
+    assert not torch.allclose(method.gate_weights(), found, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_pass_before_a_task_sees_what_a_whole_pass_sees(family: str) -> None:
+    """It may stop at the last adapted projection; what enters the projections must not change by that."""
+    method = method_of(tiny_backbone(family, depth=3), gate="layer", residual="own", first_adapted_layer=0)
+    learn(method, random_task(0))
+    data = random_task(1)
+    whole = {layer: calls_of(m, lambda: method.logits(data.images)) for layer, m in method.adapted.items()}
+    method.prepare(data.info, data.loader)
+    for layer, (x, _) in whole.items():
+        point = method.memory.points[layer]
+        backbone = method.backbone
+        expected = described(x, layer, backbone.has_class_token, backbone.num_prefix_tokens)
+        near(point.f0, expected, atol=1e-5)
+        moment = sum(token.outer(token) for token in x.double().flatten(0, 1)) / x[..., 0].numel()
+        outside = torch.eye(DIM, dtype=torch.float64)
+        outside -= method.subspaces[layer, "kv"].phi @ method.subspaces[layer, "kv"].phi.T
+        top = torch.linalg.eigh(outside @ moment @ outside)[1][:, -4:]
+        a = method.adapted[layer].groups["kv"].a.double() * 3**0.5
+        near((top.T @ a).square().sum(), torch.tensor(4.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["first", "layer"])
+def test_gate_rows_never_go_stale_at_the_first_layer_alone(gate: str) -> None:
+    backbone = tiny_backbone(depth=3)
+    method = method_of(backbone, gate=gate, energy_threshold=0.5)
+    old = random_task(0)
+    learn(method, old)
+    stored = {layer: point.rows.moments.mean[:2].clone() for layer, point in method.memory.points.items()}
+    learn(method, random_task(1), 20)
+    assert list(stored) == ([1] if gate == "first" else [1, 2])
+    for layer, mean in stored.items():
+        f = described(calls_of(method.adapted[layer], lambda: method.backbone(old.images))[0])
+        now = ClassMoments.of(f.detach(), old.labels, 2).mean
+        gap = float((now - mean).abs().max())
+        assert gap < 1e-5 if layer == 1 else gap > 1e-4
+
+
+@pytest.mark.parametrize("residual", ["next", "none"])
+@pytest.mark.parametrize("gate", ["first", "off"])
+def test_energy_gives_the_posterior_with_calibration_by_task(residual: str, gate: str) -> None:
+    method = method_of(
+        residual=residual, gate=gate, relevance="energy", calibration="task", energy_threshold=0.6
+    )
+    for index in range(3):
+        learn(method, random_task(index), 4)
+    images = torch.cat([random_task(index).images[:2] for index in range(3)])
+    x, _ = calls_of(method.adapted[1], lambda: method.logits(images))
+    readout, point, subspace = method.logits(images), method.memory.points[1], method.subspaces[1, "kv"]
+    columns = []
+    for task in range(3):
+        images = random_task(task).images
+        own = calls_of(method.adapted[1], lambda images=images: method.backbone(images))[0][:, 0].double()
+        f = x[:, 0].double()
+        block = subspace.block(task)
+        shares = [(g @ block).square().sum(1) / g.square().sum(1) for g in (own, f)]
+        columns.append(shares[1] / shares[0].mean())
+    energies = torch.stack(columns, 1)
+    expected = (point.energy.kappa * energies.log()).log_softmax(1)
+    near(readout.task_posterior, expected, atol=1e-3)
+    near(readout.calibrated.exp().sum(1), torch.ones(6))
+    images = torch.cat([random_task(index).images[:2] for index in range(3)])
+    logits = method.heads(method.features(images))
+    head = torch.cat([part.log_softmax(1) for part in logits.split(2, 1)], 1)
+    near(readout.calibrated, (head + expected.repeat_interleave(2, 1)).log_softmax(1), atol=1e-3)
+    if residual == "next" and gate == "first":
+        near(readout.gate, energies.clamp(max=1), atol=1e-4)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_rows_of_earlier_tasks_stay(classes: int) -> None:
+    method = method_of(residual="own", energy_threshold=0.5)
+    learn(method, random_task(0))
+    old = method.rows.moments.mean.clone()
+    features = method.features(random_task(0).images)
+    learn(method, random_task(1, classes=classes), 30)
+    assert torch.equal(method.rows.moments.mean[:2], old)
+    moved = (method.features(random_task(0).images) - features).abs()
+    assert float(moved[:, 2 * DIM :].max()) < 1e-5, "what rows read below the adapters does not drift"
+    assert classes == 1 or float(moved[:, : 2 * DIM].max()) > 1e-2
+
+
+# -- readouts ------------------------------------------------------------------------------------------------
+
+
+def test_the_calibrated_readout_equals_its_formula() -> None:
+    method = method_of()
+    for index in range(3):
+        learn(method, random_task(index, classes=1 if index == 1 else 2), 4)
+    readout = method.logits(tiny_images(6, 42))
+    features = method.features(tiny_images(6, 42))
+    assert torch.equal(readout.features, features[:, :DIM]) and features.shape == (6, 4 * DIM)
+    log_q = method.rows.log_q(features)
+    assert method.rows.task.tolist() == [0, 0, 1, 2, 2]
+    sizes, expected = [2, 1, 2], []
+    for head, q in zip(method.heads(features).split(sizes, 1), log_q.split(sizes, 1), strict=True):
+        task = q.logsumexp(1, keepdim=True)
+        expected.append(task + (head.log_softmax(1) / 2 + q / 2).log_softmax(1))
+    near(readout.calibrated, torch.cat(expected, 1), atol=1e-4)
+    near(readout.calibrated.exp().sum(1), torch.ones(6))
+    near(readout.task_posterior.exp().sum(1), torch.ones(6))
+    near(readout.heads, method.heads(features).log_softmax(1))
+
+
+def test_autocast_reaches_the_backbone_alone() -> None:
+    """Where the device has bf16, rows, temperatures, sums and merged weights must not notice."""
+    method, plain = method_of(), method_of()
+    method.autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    seen, remember = [], method.remember
+
+    def note(task: TaskInfo, features: Tensor, labels: Tensor) -> None:
+        seen.append((features, labels))
+        remember(task, features, labels)
+
+    method.remember = note
+    for index in range(2):
+        learn(method, random_task(index), 3)
+        plain.remember(random_task(index).info, *seen[-1])
+    found, expected = method.state(), plain.state()
+    names = [name for name in expected if name.startswith("rows.")]
+    assert len(names) > 4
+    for name in names:
+        assert torch.equal(found[name], expected[name]), name
+    for (layer, _), adapter in adapters(method):
+        update = sum(a.double() @ b.double() for a, b in adapter.factors)
+        weight = method.adapted[layer].base.weight[DIM:].double().T + update
+        near(method.adapted[layer].weight[DIM:].T, weight, atol=1e-6)
+    frozen = tiny_backbone()(random_task(1).images)
+    rounded = method.features(random_task(1).images) - method.backbone(random_task(1).images)
+    assert 1e-4 < float(rounded.abs().max()) < 0.5 * float(frozen.abs().max()), (
+        "the backbone must run in bf16"
+    )
+
+
+def test_norms_are_relative_to_the_frozen_weight() -> None:
+    method, data = method_of(), random_task(0)
+    method.prepare(data.info, data.loader)
+    train(method, data)
+    adapter = method.adapted[1].groups["kv"]
+    frozen = tiny_backbone().attention(1).get_submodule("qkv").weight[DIM:]
+    orthogonal = float((adapter.a @ adapter.b).detach().norm() / frozen.norm())
+    residual = float((adapter.psi @ adapter.c).detach().norm() / frozen.norm())
+    method.consolidate(data.info, data.loader)
+    assert method.orthogonal_norm == pytest.approx(orthogonal, rel=1e-5) and orthogonal > 1e-3
+    assert method.residual_norm == pytest.approx(residual, rel=1e-5) and residual > 1e-3

@@ -1,0 +1,145 @@
+"""The examples of the README run as they stand there, on generated folders of tiny images.
+
+Run are the fenced blocks marked ``python``, ``sh`` and ``console``. Others are not: ``make run`` and
+``make test`` install an environment. What differs from the README is that every ``duallora run``, ``compare``
+and ``bench`` is followed by options that make it small (whole, they take minutes), and that the speed of
+inference is timed on a few images only.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duallora.cli import VERBS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = ["--epochs", "1"]
+SMALLER_DIGITS = [*SMALLER, "--train-per-class", "4", "--classes", "4", "--tasks", "2"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def command_lines(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line.strip()]
+
+
+def words_of(line: str) -> list[str]:
+    name, *words = shlex.split(line, comments=True)
+    assert name == "duallora", line
+    if words[0] == "bench":
+        return [*words, "--tasks", "1", "--batch", "1", "--images", "4", "--repeats", "1"]
+    if words[0] not in ("run", "compare"):
+        return words
+    return words + (SMALLER if "--stream" in words else SMALLER_DIGITS)
+
+
+def write_image(path: Path, colour: np.ndarray, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = colour + rng.normal(0, 8, (16, 16, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def write_classes(folder: Path, first: int, classes: int, images: int) -> None:
+    """Classes that differ in colour, so that a few images are enough to tell them apart."""
+    for number in range(first, first + classes):
+        rng = np.random.default_rng(number)
+        colour = np.array([number % 3, number // 3 % 3, number // 9]) * 110.0 + 15
+        for image in range(images):
+            write_image(folder / f"class-{number:02}" / f"{image}.jpg", colour, rng)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what the README's examples name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("duallora.runs.results._SPEED_IMAGES", 8)
+    monkeypatch.setattr("duallora.runs.results._SPEED_REPEATS", 1)
+    rng = np.random.default_rng(0)
+    for photo in ("photo.jpg", "holiday/1.jpg", "holiday/2.jpg"):
+        write_image(Path(photo), np.array([15.0, 15.0, 15.0]), rng)
+    return tmp_path
+
+
+def test_python_block(here: Path) -> None:
+    write_classes(here / "images/flowers", 0, classes=20, images=5)
+    (block,) = blocks("python")
+    assert len(block.splitlines()) <= 15
+    printed, names = io.StringIO(), {"__name__": "readme"}
+    with redirect_stdout(printed):
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(names["learner"].tasks) == 10 and len(names["learner"].classes) == 20
+    tasks = [line.split()[1] for line in printed.getvalue().splitlines()]
+    assert tasks[:10] == [str(number) for number in range(1, 11)]
+    assert (here / "flowers/model.json").exists()
+
+
+def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(here / "images/pets", 0, classes=2, images=12)
+    write_classes(here / "images/birds", 12, classes=2, images=12)
+    lines = command_lines(blocks("sh")[0])
+    verbs = {words_of(line)[0] for line in lines}
+    assert verbs == set(VERBS) - {"app", "serve"}  # which do not end by themselves
+    for line in lines:
+        assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
+    assert {"results.json", "report.md", "predictions.csv", "model"} <= {
+        path.name for path in (here / "runs/first").iterdir()
+    }
+    compared = {path.name for path in (here / "runs/compared").iterdir()}
+    assert {"compare.csv", "compare.md", "compare.html"} <= compared
+
+
+def test_commands_of_the_measurements(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(here / "IMAGES/train", 0, classes=20, images=1)
+    write_classes(here / "IMAGES/val", 0, classes=20, images=1)
+    lines = [line for block in blocks("sh")[1:] for line in command_lines(block)]
+    assert lines
+    for line in lines:
+        assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
+        assert Path(line.split("--out ")[1], "results.json").exists()
+
+
+def test_the_example_of_a_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    write_classes(here / "images/pets", 0, classes=2, images=4)
+    assert main(["learn", "pets", "images/pets", "--epochs", "1"]) == 0, capsys.readouterr().err
+    serve, answer, ask = command_lines(blocks("console")[0])
+    assert serve.startswith("$ duallora ") and ask.startswith("$ curl ")
+    entry = "from duallora.cli import main; raise SystemExit(main())"
+    words = [sys.executable, "-u", "-c", entry, *serve.split()[2:], "--port", "0"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline().strip()
+        (address,) = re.findall(r"127\.0\.0\.1:\d+", said)
+        assert said.replace(address, "127.0.0.1:8000") == answer
+        asked = shlex.split(ask.replace("127.0.0.1:8000", address))[1:]
+        got = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    finally:
+        server.kill()
+        server.wait()
+    (found,) = json.loads(got)["predictions"]
+    assert found["path"] == "photo.jpg" and len(found["top"]) == 2
+
+
+def test_links_lead_to_files() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []

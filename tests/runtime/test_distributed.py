@@ -1,0 +1,262 @@
+"""Two processes learn what one learns: the same command under torchrun, and started by --devices."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duallora import ContinualLearner
+from duallora.cli import main
+from duallora.runtime import compute, parallel
+from duallora.runtime.compute import Compute, Machine
+from duallora.streams import load
+
+RUN = ["run", "--stream", "digits", "--device", "cpu", "--precision", "32"]
+FOUR = ["--classes", "4", "--train-per-class", "21"]  # 84 images: no multiple of a batch of 32
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def duallora(
+    *words: str, before: tuple[str, ...] = (), entry: tuple[str, ...] = ("-m", "duallora")
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *before, *entry, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def torchrun(*words: str, entry: tuple[str, ...] = ("-m", "duallora")) -> subprocess.CompletedProcess[str]:
+    return duallora(*words, before=TORCHRUN, entry=entry)
+
+
+def finished(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def same_logits(one: Path, two: Path, classes: int) -> float:
+    """Largest difference of the logits of the heads and of the calibrated readout."""
+    test = load("digits", tasks=1, classes=classes).tasks[0].test
+    outputs = [ContinualLearner.load(path / "model", device="cpu").outputs(test) for path in (one, two)]
+    kinds = [(getattr(out, kind) for out in outputs) for kind in ("heads", "calibrated")]
+    return max(float((a - b).abs().max()) for a, b in kinds)
+
+
+@pytest.mark.parametrize("method", ["duallora", "inflora", "sldc", "coda-prompt"])
+def test_one_task_of_two_epochs_is_that_of_one_process(tmp_path: Path, method: str) -> None:
+    words = [*RUN, *FOUR, "--tasks", "1", "--epochs", "2", "--method", method]
+    finished(duallora(*words, "--out", str(tmp_path / "one")))
+    finished(torchrun(*words, "--out", str(tmp_path / "two")))
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+    assert same_logits(tmp_path / "one", tmp_path / "two", 4) < 1e-3
+    images = sum(task["test_images"] for task in one["tasks"])
+    assert abs(one["final_accuracy"] - two["final_accuracy"]) * images < 1.5
+    assert one["final_accuracy"] > 0.4  # of four classes: what was learned is not nothing
+
+
+def test_the_whole_digits_run_is_that_of_one_process(tmp_path: Path) -> None:
+    finished(duallora(*RUN, "--out", str(tmp_path / "one")))
+    finished(torchrun(*RUN, "--out", str(tmp_path / "two")))
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert (x is None and y is None) or abs(x - y) < 0.03
+    assert one["final_accuracy"] > 0.9
+    stored = [[task["stored_bytes"] for task in run["tasks"]] for run in (one, two)]
+    assert stored[0] == stored[1]
+
+
+# The second task waits to be interrupted: whoever does so may be late.
+WAITING = """
+import sys, time
+from duallora import ContinualLearner
+from duallora.cli import main
+
+learn = ContinualLearner.learn
+
+def waiting(learner, *given, **named):
+    if learner.tasks:
+        time.sleep(600)
+    return learn(learner, *given, **named)
+
+ContinualLearner.learn = waiting
+sys.exit(main())
+"""
+
+
+def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    words = [*RUN, *FOUR, "--tasks", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    whole = [*words[:-1], str(tmp_path / "whole")]
+    finished(duallora(*whole))
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    started = subprocess.Popen(
+        [sys.executable, *TORCHRUN, str(script), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    model = tmp_path / "run" / "model" / "model.json"
+    deadline = time.monotonic() + 300
+    while not model.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.terminate()
+    started.wait(timeout=300)
+    assert model.exists() and not (tmp_path / "run" / "results.json").exists()
+    done = finished(duallora(*words))
+    assert "resuming after task" in done.stderr
+    assert results(tmp_path / "run")["environment"]["processes"] == 1
+    one, two = (results(tmp_path / name)["accuracy_matrix"] for name in ("whole", "run"))
+    assert all(abs(a - b) < 0.03 for a, b in zip(one[1], two[1], strict=True))
+
+
+def test_devices_start_the_processes_themselves(tmp_path: Path) -> None:
+    words = [*RUN, *FOUR, "--tasks", "2", "--epochs", "1", "--devices", "2", "--out", str(tmp_path / "run")]
+    done = finished(duallora(*words))
+    assert results(tmp_path / "run")["environment"]["processes"] == 2
+    assert done.stdout.count("report:") == 1  # only the first process speaks
+    assert done.stderr.count("after task 1 of 2") == 1
+    again = duallora(*words)
+    assert again.returncode == 2
+    assert "holds a finished run" in again.stderr
+
+
+def test_a_task_with_fewer_images_than_processes_is_refused(tmp_path: Path) -> None:
+    words = [*RUN, "--classes", "2", "--tasks", "2", "--train-per-class", "1", "--out", str(tmp_path / "run")]
+    done = torchrun(*words)
+    assert done.returncode != 0
+    assert "task 1 has 1 images for 2 processes; run it with fewer devices." in done.stderr
+
+
+def test_every_optimiser_step_sums_the_pieces_of_a_batch(tmp_path: Path) -> None:
+    words = [*RUN, *FOUR, "--tasks", "1", "--epochs", "2"]
+    finished(duallora(*words, "--out", str(tmp_path / "one")))
+    finished(duallora(*words, "--accumulate", "3", "--out", str(tmp_path / "pieces")))
+    assert same_logits(tmp_path / "one", tmp_path / "pieces", 4) < 1e-3
+
+
+# torchrun stops the others when one has failed: each waits until all have said why.
+SAYING = """
+import os, sys, time
+from pathlib import Path
+from duallora.cli import main
+
+said, code = Path(sys.argv.pop(1)), main()
+(said / os.environ["RANK"]).touch()
+while len(list(said.iterdir())) < 2:
+    time.sleep(0.05)
+sys.exit(code)
+"""
+
+
+def test_what_the_first_process_refuses_ends_all_with_its_sentence(tmp_path: Path) -> None:
+    script, said = tmp_path / "saying.py", tmp_path / "said"
+    script.write_text(SAYING)
+    said.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")  # only the first process looks at whose the folder is
+    words = [*RUN, *FOUR, "--tasks", "2", "--out", str(tmp_path / "run")]
+    done = torchrun(*words, entry=(str(script), str(said)))
+    assert done.returncode != 0
+    assert done.stderr.count("belongs to another run") == 2
+    assert "internal error" not in done.stderr
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from torch import distributed
+from duallora.runtime import parallel
+from duallora.errors import DualLoRAError
+
+folder = Path(sys.argv[1])
+distributed.init_process_group("gloo")
+rank = parallel.rank()
+
+def fetch():
+    there = (folder / "fetched").exists()
+    if not there:
+        time.sleep(1)
+        (folder / "fetched").touch()
+    return there
+
+said = [str(parallel.first_alone(fetch))]
+for failing in ((0,), (1,), (0, 1)):
+    try:
+        with parallel.failing_together():
+            if rank in failing:
+                raise DualLoRAError(f"{rank} cannot: größer")
+        said.append("went on")
+    except DualLoRAError as error:
+        said.append(str(error))
+(folder / str(rank)).write_text("; ".join(said), encoding="utf-8")
+parallel.leave()
+"""
+
+
+def test_processes_take_turns_and_fail_together(tmp_path: Path) -> None:
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER, encoding="utf-8")
+    command = [sys.executable, *TORCHRUN, str(script), str(tmp_path)]
+    finished(subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800))
+    said = [(tmp_path / str(rank)).read_text(encoding="utf-8").split("; ") for rank in (0, 1)]
+    sentences = ["0 cannot: größer", "1 cannot: größer", "0 cannot: größer"]
+    assert said == [["False", *sentences], ["True", *sentences]]
+
+
+def test_the_memory_for_images_is_shared_by_the_processes_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "_CGROUPS", tmp_path)
+    whole = Machine(Compute(), "cpu", "32").image_bytes
+    assert whole > 2**20
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    assert Machine(Compute(), "cpu", "32", devices=2, nodes=2).image_bytes == whole // 2
+    (tmp_path / "memory.max").write_text("max\n")
+    assert Machine(Compute(), "cpu", "32", devices=4).image_bytes == whole // 4
+    (tmp_path / "memory.max").write_text(f"{2**20}\n")  # what a container is allowed
+    assert Machine(Compute(image_memory=0.5), "cpu", "32", devices=4).image_bytes == 2**17
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--devices", "0"], "--devices must be at least 1, not 0."),
+        (["--num-nodes", "0"], "--num-nodes must be at least 1, not 0."),
+        (["--accumulate", "0"], "--accumulate must be at least 1, not 0."),
+        (["--workers", "-1"], "--workers must be at least 0, not -1."),
+        (["--image-memory", "2"], "--image-memory must lie in [0, 1], not 2.0."),
+        (["--precision", "16-mixed"], "--precision 16-mixed needs a CUDA device; take bf16-mixed or 32."),
+    ],
+)
+def test_what_a_machine_cannot_do_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert main([*RUN[:-2], *words, "--out", str(tmp_path / "run")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_shares_are_blocks_that_cover_everything_once() -> None:
+    for total, parts in itertools.product((0, 1, 7, 64), (1, 2, 3, 5)):
+        blocks = [parallel.block(total, part, parts) for part in range(parts)]
+        assert [i for block in blocks for i in block] == list(range(total))
+        assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+
+
+def test_a_process_reads_its_own_share_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    assert parallel.own_first(7) == [2, 3, 0, 1, 4, 5, 6]
