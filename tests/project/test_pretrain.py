@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import duallora
 from duallora.backbones.backbone import load_backbone
 from duallora.errors import DualLoRAError
 from duallora.runtime import compute as duallora_compute
@@ -27,7 +28,7 @@ import pretrain_backbone as script
 from pretrain_images import cutmix, decode, normalised, open_data, samples, soft_targets, view_draws, views
 from pretrain_recipe import MEAN, STD, Recipe, build, parameter_groups, rounded, write_backbone
 
-EMBEDDED = Path(duallora_compute.__file__).parent / "weights" / "vit-micro-conv-64.safetensors"
+EMBEDDED = Path(duallora.__file__).parent / "weights" / "vit-micro-conv-64.safetensors"
 TINY = {"depth": 2, "width": 24, "heads": 2, "images": (24, 24), "sizes": (8, 16), "batch": 8, "ema": 0.5}
 OPTIONS = ["--depth", "2", "--width", "24", "--heads", "2", "--images", "24,24", "--sizes", "8,16"]
 OPTIONS += ["--batch", "8", "--ema", ".5", "--cutmix", "1", "--device", "cpu"]
