@@ -96,11 +96,11 @@ class DualAdapter(nn.Module):
                 trained.copy_(0.02 * torch.randn(trained.shape, generator=generator))
         self.merge()
 
-    def forget(self, task: int) -> None:
-        """Loses the residual adapter of ``task``, and its factors where they are not summed up yet."""
+    def forget(self, task: int, residual: int | None) -> None:
+        """Loses the factors of ``task`` where they are not summed up yet, and the adapter ``residual``."""
         kept = [i for i, owner in enumerate(self.owners) if owner != task]
         self.factors, self.owners = [self.factors[i] for i in kept], [self.owners[i] for i in kept]
-        self.residuals = [part for part in self.residuals if part.task != task]
+        self.residuals = [part for part in self.residuals if part.task != residual]
         self.restack()
 
     def orthogonal(self, x: Tensor) -> Factors | None:
@@ -268,10 +268,15 @@ class AdaptedQKV(nn.Module):
             adapter.merge()
         self.refresh()
 
-    def forget(self, task: int) -> None:
-        """Loses what ``task`` added, so far as it is still apart, and refreshes the effective weight."""
+    def forget(self, task: int, residual: int | None) -> None:
+        """Loses what ``task`` added, so far as it is still apart, and refreshes the effective weight.
+
+        Args:
+            task: whose orthogonal factors go.
+            residual: whose residual adapter goes; None where another task still uses it.
+        """
         for adapter in self.groups.values():
-            adapter.forget(task)
+            adapter.forget(task, residual)
         self.refresh()
 
     def forward(self, x: Tensor) -> Tensor:

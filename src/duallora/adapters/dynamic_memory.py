@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -130,12 +130,13 @@ class GatePoint:
         if self.energy is not None and not bool(kept.any()):
             self.energy.forget(task)
 
-    def weights(self, f: Tensor, own: Own | None = None) -> Tensor:
+    def weights(self, f: Tensor, own: Own | None = None, uses: Sequence[int] = ()) -> Tensor:
         """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32, without gradient; 1 for a single task.
 
         Args:
             f: features at this point.
             own: for images of the current task: leave them out of their own row.
+            uses: the task whose adapter each task uses (T,): it gets the weights of all that use it.
         """
         with torch.no_grad(), torch.autocast(f.device.type, enabled=False):
             f, tasks = f.float(), self.rows.tasks
@@ -143,6 +144,8 @@ class GatePoint:
                 return torch.ones(f.shape[0], 1, device=f.device)
             # Also a sum of probabilities may be above 1, by rounding.
             found = self.rows.task_weights(f, own) if self.energy is None else self.energy.energies(f)
+            if any(task != owner for task, owner in enumerate(uses)):
+                found = torch.zeros_like(found).index_add_(1, torch.tensor(uses, device=f.device), found)
             weights = found.clamp(max=1.0)
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
@@ -183,6 +186,7 @@ class DynamicMemory:
     def __init__(self, mode: str, points: dict[int, GatePoint], reader: TokenReader) -> None:
         self.mode, self.points, self.reader = mode, points, reader
         self.tasks = 0
+        self.uses: list[int] = []  # the task whose residual adapter each task uses: the first of its domain
         self.features: dict[int, Tensor] = {}  # of the latest forward pass, by layer
         self.latest: dict[int, Tensor] = {}  # weights of the latest forward pass, by layer
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -206,14 +210,43 @@ class DynamicMemory:
         if self.mode == "off":
             self.latest[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
         elif point is not None:
-            self.latest[layer] = point.weights(self.features[layer], self._own(point))
+            self.latest[layer] = point.weights(self.features[layer], self._own(point), self.uses)
         else:
             self.latest[layer] = self.latest[next(iter(self.points))]
         return self.latest[layer]
 
+    def join(self, task: int, f0: dict[int, Tensor], threshold: float, adapted: Container[int]) -> None:
+        """Notes whose residual adapter the coming task uses: its own, if its images are unfamiliar.
+
+        New classes of a known domain lie near the rows of the old ones below the adapters; another domain
+        lies nowhere near them. So a domain has one adapter, which the gate finds however alike its classes.
+
+        Args:
+            task: index of the task, whose rows are not there yet.
+            f0: features of its images at every gate point (n, d).
+            threshold: mean familiarity from which on a domain is known; above 1 none ever is.
+            adapted: tasks that have a residual adapter of their own.
+        """
+        self.uses = self.uses[:task]
+        self.uses.append(task)
+        if self.mode == "off" or not self.points or threshold > 1:
+            return
+        layer, point = next(iter(self.points.items()))
+        f, rows = f0[layer].to(point.rows.device).float(), point.rows
+        if not len(rows.task) or float(rows.familiarity(f).mean()) < threshold:
+            return
+        shares = rows.task_weights(f).mean(0).cpu()
+        owner = torch.tensor(self.uses[: len(shares)])
+        nearest = int(torch.zeros_like(shares).index_add_(0, owner, shares).argmax())
+        if nearest in adapted:
+            self.uses[task] = nearest
+
     def mean_weights(self) -> Tensor | None:
-        """Weights (B, T) of the latest pass, averaged over adapted layers; None before the first task."""
-        return torch.stack(list(self.latest.values())).mean(0) if self.latest else None
+        """Weights (B, T) of the latest pass of the adapter that each task uses, averaged over adapted layers.
+
+        None before the first task.
+        """
+        return torch.stack(list(self.latest.values())).mean(0)[:, self.uses] if self.latest else None
 
     def release(self) -> None:
         """Forgets the features of single images, once the task they belong to has ended."""

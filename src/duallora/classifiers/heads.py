@@ -68,7 +68,7 @@ class Heads(nn.Module):
         """Restores the heads from their state dict; the shapes say how many there are."""
         self.tasks = nn.ModuleList()
         for task in range(sum(name.endswith(".weight") for name in tensors)):
-            classes = tensors[f"tasks.{task}.weight"].shape[0]
+            classes, self.dim = tensors[f"tasks.{task}.weight"].shape
             self.open(max(classes, 1), torch.Generator())
             if not classes:  # forgotten; torch makes no layer without outputs and without a warning
                 self.forget(task, torch.zeros(1, dtype=torch.bool))

@@ -179,6 +179,8 @@ def _expected_minutes(lesson: Lesson, learner: ContinualLearner) -> float:
     """From the time of a few forward passes, and of reading the images once."""
     import torch
 
+    from duallora.methods.config import epochs_for
+
     images = torch.zeros(_SAMPLE, *learner.backbone.info.input_size, device=learner.device)
     seconds = []
     with torch.no_grad():
@@ -186,7 +188,7 @@ def _expected_minutes(lesson: Lesson, learner: ContinualLearner) -> float:
             start = time.perf_counter()
             learner.backbone(images).cpu()
             seconds.append(time.perf_counter() - start)
-    epochs = learner.config.epochs if len(lesson.train.classes) > 1 else 0
+    epochs = epochs_for(learner.config, len(lesson.train)) if len(lesson.train.classes) > 1 else 0
     passes = 2 + _STEP * epochs  # one before and one after training, and the training steps
     computing = min(seconds) / _SAMPLE * len(lesson.train) * passes
     return (computing + lesson.seconds * (2 + epochs)) / 60

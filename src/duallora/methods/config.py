@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
-ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay"})
+ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay", "min_steps"})
 """Fields that came after the first published results, which were made at what is the default."""
 
 
@@ -18,6 +18,7 @@ class MethodConfig:
 
     Attributes:
         epochs: passes over a task's training images.
+        min_steps: optimiser steps that a task gets at least, by further passes: few images need as many.
         batch_size: images per optimiser step.
         head_learning_rate: learning rate of the heads.
         optimizer: adam, adamw, or sgd with momentum .9.
@@ -36,6 +37,7 @@ class MethodConfig:
     )
 
     epochs: int = 4
+    min_steps: int = 0
     batch_size: int = 32
     head_learning_rate: float = 5e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -54,6 +56,11 @@ class MethodConfig:
         positive = {name for kind in type(self).__mro__ for name in vars(kind).get("positive", ())}
         for field in fields(self):
             _check_field(field.name, getattr(self, field.name), hints[field.name], field.name in positive)
+
+
+def epochs_for(config: MethodConfig, images: int) -> int:
+    """Passes over a task of so many images that reach both ``epochs`` and ``min_steps``."""
+    return max(config.epochs, math.ceil(config.min_steps / max(math.ceil(images / config.batch_size), 1)))
 
 
 def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:

@@ -6,6 +6,7 @@ paper's and what is ours stands in ``docs/method.md``, section by section in the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -40,7 +41,10 @@ class DualLoRAConfig(MethodConfig):
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
         orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
-        residual: where the residual adapter's bases come from; by default there is none (docs/residual.md).
+        residual: where the residual adapter's bases come from; with none, all is left to O.
+        known_domain: mean familiarity of a task's images at the gate from which on they are of a known
+            domain, whose residual adapter the task uses; below it, it trains one of its own. Above 1 every
+            task does.
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
@@ -51,12 +55,13 @@ class DualLoRAConfig(MethodConfig):
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
     rank: int = 20
-    residual_rank: int = 10
+    residual_rank: int = 48
     projections: Literal["kv", "qv", "qkv"] = "kv"
     moments: Literal["tokens", "class_token"] = "tokens"
     orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
-    residual: Literal["none", "next", "protected", "own"] = "none"
+    residual: Literal["own", "next", "protected", "none"] = "own"
+    known_domain: float = 0.25
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
     first_adapted_layer: int | None = None
@@ -93,7 +98,7 @@ class DualLoRA(Method):
 
     paper = "DualLoRA 2024 (2411.00623)"
     stores = "factors of O, bases and C of R, Phi, heads, class rows, gate rows"
-    leaves = "its share of the pooled covariances and of Phi, and of an update that is summed up already"
+    leaves = "its share of the pooled covariances, Phi, summed up updates and its domain's residual adapter"
     reconstruction = True
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
     imprinted: ClassVar[bool] = True
@@ -123,6 +128,11 @@ class DualLoRA(Method):
         """One pass with the model as the last task left it: the head's start, gate rows, A_t and Psi_t."""
         super().prepare(task, loader)
         seen = self._pass(loader)
+        adapted = {
+            part.task for m in self.adapted.values() for g in m.groups.values() for part in g.residuals
+        }
+        threshold = self.config.known_domain if self._by_domain else math.inf
+        self.memory.join(task.index, seen.gate, threshold, adapted)
         self.imprint(task, seen.features, seen.labels)
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
@@ -135,8 +145,10 @@ class DualLoRA(Method):
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
         config = self.config
         free = subspace.design(moment)
-        a = free[:, : config.rank]
-        if config.rank and not a.shape[1]:
+        own = self.memory.uses[task.index] == task.index
+        # The first task of a domain writes into its domain alone, the others into what all share.
+        a = free[:, : 0 if own and self._by_domain else config.rank]
+        if config.rank and not free.shape[1]:
             warnings.warn(
                 f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
                 f"the orthogonal adapter learns nothing there in {task.name!r}. A lower energy_threshold "
@@ -149,7 +161,7 @@ class DualLoRA(Method):
             "own": lambda: own_directions(moment, a),
             "none": lambda: free[:, :0],
         }
-        psi = candidates[config.residual]()[:, : config.residual_rank]
+        psi = candidates[config.residual]()[:, : config.residual_rank if own else 0]
         projected = config.orthogonal_update == "projected"
         if projected:
             self._taken[place] = subspace.joined(psi).float().to(self.device)
@@ -232,7 +244,9 @@ class DualLoRA(Method):
     # -- forgetting ------------------------------------------------------------------------------------------
 
     def forget(self, task: int, kept: Tensor) -> None:
-        """With the last class of a task also its residual adapter, and its factors while they are apart.
+        """With the last class of a task also its factors while they are apart, and its residual adapter.
+
+        The residual adapter of a domain goes with the last task that uses it.
 
         ``Phi`` stays: what later tasks were kept away from is no property of the forgotten task alone.
         """
@@ -240,8 +254,10 @@ class DualLoRA(Method):
         for point in self.memory.points.values():
             point.forget(task, kept)
         if not bool(kept.any()):
+            uses, left = self.memory.uses, set(self.rows.task.tolist())
+            shared = any(uses[other] == uses[task] for other in left)
             for module in self.adapted.values():
-                module.forget(task)
+                module.forget(task, None if shared else uses[task])
         self.memory.release()
 
     # -- state -----------------------------------------------------------------------------------------------
@@ -256,6 +272,8 @@ class DualLoRA(Method):
             tensors[f"{place}.sizes"] = torch.tensor(subspace.sizes, dtype=torch.long)
         for layer, point in self.memory.points.items():
             tensors |= {f"gate.{layer}.{name}": x for name, x in point.state().items()}
+        if self.memory.uses != list(range(len(self.memory.uses))):
+            tensors["uses"] = torch.tensor(self.memory.uses)
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -270,6 +288,7 @@ class DualLoRA(Method):
         for layer, point in self.memory.points.items():
             point.load_state(part(tensors, f"gate.{layer}"))
         self.memory.tasks = len(self.heads.tasks)
+        self.memory.uses = tensors["uses"].tolist() if "uses" in tensors else list(range(self.memory.tasks))
 
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
@@ -278,6 +297,7 @@ class DualLoRA(Method):
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
         super().simulate(tasks)
+        self.memory.uses = [0 if self._by_domain else task.index for task in tasks]
         config, generator = self.config, self.generator(0, purpose=8)
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
@@ -285,6 +305,8 @@ class DualLoRA(Method):
             for task in tasks:
                 basis = random_basis(module.dim, config.rank + wide, generator).float().to(self.device)
                 a, psi = basis[:, : config.rank].contiguous(), basis[:, config.rank :].contiguous()
+                own = self.memory.uses[task.index] == task.index
+                a, psi = a[:, : 0 if own and self._by_domain else None], psi[:, : None if own else 0]
                 module.groups[group].simulate(task.index, a, psi, generator)
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
@@ -297,6 +319,12 @@ class DualLoRA(Method):
         self.memory.tasks = len(tasks)
 
     # -- helpers ---------------------------------------------------------------------------------------------
+
+    @property
+    def _by_domain(self) -> bool:
+        """Whether tasks of one domain share a residual adapter."""
+        config = self.config
+        return config.residual != "none" and config.gate != "off" and config.known_domain <= 1
 
     def _gate_points(self, layers: list[int], group: str, reader: TokenReader) -> dict[int, GatePoint]:
         """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Method
+from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
 
 
@@ -29,7 +29,7 @@ class JointConfig(MethodConfig):
 
 
 class Joint(Method):
-    """``y = x W_0 + (x A) B`` and one head over all classes, trained on all images: nothing can be forgotten.
+    """``y = x W_0 + (x A) B`` on all images at once, with the class model of DualLoRA: nothing can be forgotten.
 
     A stream reaches it as a single task (:func:`duallora.streams.all_at_once`); a second task is refused.
     """
@@ -37,6 +37,8 @@ class Joint(Method):
     paper = "joint training (upper bound)"
     stores = "one A and B, one head, class rows"
     all_at_once = True
+    readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
+    imprinted: ClassVar[bool] = True
     config: JointConfig
 
     def __init__(self, backbone: Backbone, config: JointConfig, seed: int) -> None:
@@ -47,3 +49,8 @@ class Joint(Method):
             config.projections,
             lambda dim, out: LowRank(dim, out, config.rank, generator),
         )
+
+    def prepare(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass: the head starts as the classifier of the rows."""
+        super().prepare(task, loader)
+        self.imprint(task, *self.observe(loader))

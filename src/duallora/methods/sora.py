@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.config import MethodConfig, epochs_for
 from duallora.runtime import parallel
 
 
@@ -112,7 +112,8 @@ class SoRA(Method):
         if len(task.classes) == 1:
             return  # nothing will be trained
         images = int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))
-        self.step, self.steps = 0, self.config.epochs * math.ceil(images / self.config.batch_size)
+        epochs = epochs_for(self.config, images)
+        self.step, self.steps = 0, epochs * math.ceil(images / self.config.batch_size)
         generator = self.generator(task.index, purpose=1)
         for update in self.updates:
             update.open(self.config.rank, generator)
