@@ -29,7 +29,7 @@ class JointConfig(MethodConfig):
 
 
 class Joint(Method):
-    """``y = x W_0 + (x A) B`` on all images at once, with the class model of DualLoRA: nothing can be forgotten.
+    """``y = x W_0 + (x A) B`` on all images at once: nothing can be forgotten. Class model as DualLoRA's.
 
     A stream reaches it as a single task (:func:`duallora.streams.all_at_once`); a second task is refused.
     """
