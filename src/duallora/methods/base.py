@@ -102,6 +102,7 @@ class Method:
         reading: the same in readouts: fp32, because bf16 would round by batch size; a measurement may ask.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
+        starts: imprinted heads as they began.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
         residual_norm: the same for the gated update.
@@ -126,6 +127,8 @@ class Method:
         self.device = next(backbone.parameters()).device
         width = backbone.row_dim if self.imprinted else backbone.feature_dim
         self.heads = Heads(width, self.device)
+        # Where imprinted heads began; None also for models that were saved without.
+        self.starts = Heads(width, self.device) if self.imprinted else None
         self.rows = RowMemory(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
         self.beside: dict[int, Beside] = {}
@@ -165,6 +168,10 @@ class Method:
         self.rows.fit(task.index, features, labels)
         if len(labels) > len(task.classes):  # single images have no spread to weigh features by
             self.heads.imprint(*self.rows.linear(task.index))
+        if self.starts is not None:
+            head = self.heads.tasks[-1]
+            self.starts.open(len(task.classes), self.generator(task.index))
+            self.starts.imprint(head.weight, head.bias)  # type: ignore[arg-type]
 
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
@@ -280,6 +287,9 @@ class Method:
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
+        if self.starts is not None:
+            # What training changed, on top of the rows as they are now: a head as it began is outdated.
+            logits = log_q + logits - self.starts(features)
         return Readout(
             logits.log_softmax(1),
             calibrated,
@@ -301,10 +311,13 @@ class Method:
         """
         seen_from = self.rows.reference
         self.heads.forget(task, kept)
+        if self.starts is not None:
+            self.starts.forget(task, kept)
         self.rows.forget(task, kept)
         if self.imprinted and not torch.equal(seen_from, self.rows.reference):
             # Heads began as classifiers seen from what is forgotten now, and those to come cannot be.
-            self.heads.shift(*self.rows.seen_from(seen_from))
+            for heads in filter(None, (self.heads, self.starts)):
+                heads.shift(*self.rows.seen_from(seen_from))
 
     def task_posterior(self, log_q: Tensor) -> Tensor:
         """Log p(t|f) (n, T) from the posterior over rows (n, R)."""
@@ -317,6 +330,8 @@ class Method:
     def state(self) -> dict[str, Tensor]:
         """Everything learned so far, by name; valid between tasks."""
         tensors = {f"heads.{name}": x for name, x in self.heads.state_dict().items()}
+        if self.starts is not None:
+            tensors |= {f"starts.{name}": x for name, x in self.starts.state_dict().items()}
         tensors |= {f"rows.{name}": x for name, x in self.rows.state().items()}
         tensors |= {f"adapters.{name}": x.detach() for name, x in self.adapters.state_dict().items()}
         return tensors
@@ -324,6 +339,11 @@ class Method:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what :meth:`state` gave; tensors are on the CPU."""
         self.heads.load_state(part(tensors, "heads"))
+        begun = part(tensors, "starts")
+        if self.starts is not None and len(begun) == len(self.heads.state_dict()):
+            self.starts.load_state(begun)
+        else:
+            self.starts = None
         self.rows.load_state(part(tensors, "rows"))
         for task in range(len(self.heads.tasks)):
             self.grow(task)
@@ -340,6 +360,8 @@ class Method:
         """
         for task in tasks:
             self.heads.open(len(task.classes), self.generator(task.index))
+            if self.starts is not None:
+                self.starts.open(len(task.classes), self.generator(task.index, purpose=7))
             self.pretend(task.index)
         self.heads.requires_grad_(False)
         generator = self.generator(len(tasks), purpose=9)

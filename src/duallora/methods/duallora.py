@@ -54,6 +54,7 @@ class DualLoRAConfig(MethodConfig):
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
+    head_learning_rate: float = 1e-3
     rank: int = 20
     residual_rank: int = 48
     projections: Literal["kv", "qv", "qkv"] = "kv"
@@ -66,7 +67,7 @@ class DualLoRAConfig(MethodConfig):
     gate: Literal["first", "layer", "off"] = "first"
     first_adapted_layer: int | None = None
     top_tasks: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
 
     def __post_init__(self) -> None:
         """Refuses combinations that contradict each other.

@@ -21,6 +21,8 @@ class LinearConfig(MethodConfig):
 class FrozenConfig(MethodConfig):
     """Fields of frozen features with rows and calibration: those of every method."""
 
+    head_learning_rate: float = 1e-3
+
 
 class Linear(Method):
     """Linear probe: no adapters, arg-max over the concatenated heads."""

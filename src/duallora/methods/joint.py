@@ -22,6 +22,7 @@ class JointConfig(MethodConfig):
         learning_rate: learning rate of the adapter.
     """
 
+    head_learning_rate: float = 1e-3
     rank: int = 20
     projections: Literal["kv", "qv", "qkv"] = "kv"
     first_adapted_layer: int | None = None
