@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from duallora import metrics
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
 from duallora.data.images import to_pil
 from duallora.data.transforms import Augmentation, evaluation_transform
@@ -23,7 +22,13 @@ from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, TaskInfo, method_name
 from duallora.methods.duallora import DualLoRAConfig
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
-from duallora.predictions import predictions
+from duallora.predictions import (
+    best,
+    calibration_error,
+    class_probabilities,
+    predictions,
+    task_probabilities,
+)
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
@@ -199,9 +204,10 @@ class ContinualLearner:
         labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
         latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
-        confidence, right = metrics.top_class(outputs, outputs.readout, labels)
-        found_task = metrics.predicted_tasks(outputs, outputs.readout)
         count = len(self.tasks)
+        confidence, found = best(class_probabilities(outputs))
+        right = found == labels
+        found_task = best(task_probabilities(outputs, count))[1]
         confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(
             count, count
         )
@@ -215,7 +221,7 @@ class ContinualLearner:
             accuracy=int(right.sum()) / len(right),
             tasks=tuple(tasks),
             task_confusion=tuple(tuple(row) for row in confusion.tolist()),
-            calibration_error=metrics.calibration_error(confidence, right),
+            calibration_error=calibration_error(confidence, right),
             images=len(right),
         )
 

@@ -116,7 +116,7 @@ class Evaluation:
     Attributes:
         accuracy: share of images whose class is right.
         tasks: the same per task.
-        task_confusion: T x T counts, row = task of the true class, column = task of the predicted row.
+        task_confusion: T x T counts, row = task of the true class, column = task that ``predict`` names.
         calibration_error: expected calibration error of the top class probability, 15 equal-width bins.
         images: number of images.
     """
@@ -136,7 +136,8 @@ class Prediction:
         path: file of the image, or None if it did not come from a file.
         label: most probable class name.
         probability: its probability, summed over the tasks that taught it.
-        task: most probable task: arg-max of p(t|f), or of the heads' sums where plain heads answer.
+        task: most probable task: arg-max of p(t|f), or of the heads' sums where plain heads answer;
+            it need not be that of the most probable row.
         task_confidence: its probability.
         unknown: 1 - familiarity: how little the image fits anything learned.
         top: class names and probabilities, best first.

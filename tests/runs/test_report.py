@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from duallora.metrics import Hits
 from rich.console import Console
 
 from duallora import metrics
-from duallora.metrics import Hits
 from duallora.runs import report
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from duallora import metrics
 from duallora.commands import console
 from duallora.errors import CheckFailed
+from duallora.predictions import best, calibration_error, class_probabilities
 from duallora.storage.documents import percent
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ class Measured:
         if data is None:
             return None
         outputs = learner.outputs(data)
-        confidence, found = metrics.class_probabilities(outputs, outputs.readout).max(dim=1)
+        confidence, found = best(class_probabilities(outputs))
         names = [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, found, strict=True)]
         right = torch.tensor([true == answer for true, answer in names])
-        error = metrics.calibration_error(confidence, right)
+        error = calibration_error(confidence, right)
         return cls(int(right.sum()) / len(right), error, tuple(names), tuple(confidence.tolist()))
 
     def note(self, learner: ContinualLearner) -> TaskRecord:
