@@ -253,7 +253,7 @@ class ContinualLearner:
             DualLoRAError: there is none of that name, or it is all that the learner knows.
         """
         self._check_usable()
-        return forget(self, task=task, name=name)
+        return forget(self.method, self.tasks, self.classes, task=task, name=name)
 
     def save(self, path: str | Path) -> None:
         """Saves to a folder as one new generation; an interruption leaves the old one whole.

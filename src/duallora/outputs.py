@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -59,6 +61,12 @@ class TaskRecord:
     def from_dict(cls, record: dict[str, Any]) -> TaskRecord:
         """The inverse of :meth:`to_dict`."""
         return cls(**(record | {"classes": tuple(record["classes"])}))
+
+
+def free_name(base: str, taken: Collection[str]) -> str:
+    """A name for a task: ``base``, with a number from 2 on where a task of that name is there."""
+    numbered = (f"{base} {number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([base], numbered) if name not in taken)
 
 
 @dataclass(frozen=True)

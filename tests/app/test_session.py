@@ -23,11 +23,11 @@ from duallora.app import html
 from duallora.app.intake import Check, Draft
 from duallora.app.lesson_thread import Taught, Teaching, Watched
 from duallora.app.session import Session
-from duallora.app.undo_question import free_name
+from duallora.app.undo_question import lesson_name
 from duallora.app.uploads import Uploads, files_of
 from duallora.storage import checkpoint
 from duallora.teaching.method_choice import MethodChoice
-from duallora.teaching.model_request import Wishes
+from duallora.teaching.model_request import ModelRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 HOSTILE = "<img src=x onerror=alert(1)>&\"'"
@@ -42,7 +42,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def new_session(folder: Path, place: Path, **fields: Any) -> Session:
     place.mkdir(exist_ok=True)
     method = MethodChoice("duallora", {"epochs": 1, "energy_threshold": 0.7, **fields})
-    return Session(folder, Wishes(method, device="cpu"), Uploads(place))
+    return Session(folder, ModelRequest(method, device="cpu"), Uploads(place))
 
 
 @pytest.fixture
@@ -361,9 +361,9 @@ def test_a_folder_with_other_files_is_refused(session: Session) -> None:
 
 
 def test_names_of_lessons() -> None:
-    assert free_name(["cat", "dog"], set()) == "cat, dog"
-    assert free_name(["cat", "dog"], {"cat, dog", "cat, dog 2"}) == "cat, dog 3"
-    assert free_name([f"class {i}" for i in range(40)], set()) == "class 0 and 39 more"
+    assert lesson_name(["cat", "dog"], set()) == "cat, dog"
+    assert lesson_name(["cat", "dog"], {"cat, dog", "cat, dog 2"}) == "cat, dog 3"
+    assert lesson_name([f"class {i}" for i in range(40)], set()) == "class 0 and 39 more"
 
 
 # -- HTML ----------------------------------------------------------------------------------------------------
