@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +20,8 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from app_tools import ARGUMENTS, CHROMIUM, NO_CHROMIUM, files_below, running_app
 from command_line import images
 from playwright import sync_api
+
+from duallora.cli import main
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -153,15 +157,51 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, copies: Path) -> Iterator[str]:
-    model = tmp_path_factory.mktemp("app") / "trees"
+def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """A model that has learned ash and beech in one lesson."""
+    folder, model = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("taught") / "trees"
+    for name in ("ash", "beech"):
+        shutil.copytree(
+            pictures / name, folder / name, ignore=shutil.ignore_patterns("broken.png", "same.png")
+        )
+    words = ["learn", str(model), str(folder), "--name", "ash, beech", "--epochs", "1", "--device", "cpu"]
+    assert main(words) == 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the page shows."""
+    return tmp_path_factory.mktemp("app") / "trees"
+
+
+@pytest.fixture(scope="module")
+def address(model: Path, copies: Path) -> Iterator[str]:
     environment = {"TMPDIR": str(copies), "OMP_NUM_THREADS": "1"}
     with running_app(model, "--epochs", "1", environment=environment) as (address, _):
         yield address
 
 
 @pytest.fixture
-def page(browser: sync_api.Browser, address: str) -> Iterator[Page]:
+def page(browser: sync_api.Browser, address: str, model: Path, taught: Path) -> Iterator[Page]:
+    """The page of a model that knows ash and beech, whatever other tests have done."""
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(taught, model)
+    with opened(browser, address) as page:
+        yield page
+
+
+@pytest.fixture
+def first_page(browser: sync_api.Browser, address: str, model: Path, copies: Path) -> Iterator[Page]:
+    """The page before anything was taught, and without copies of what was sent to others."""
+    shutil.rmtree(model, ignore_errors=True)
+    with opened(browser, address) as page:
+        page.becomes(lambda: files_below(copies), [], "copies of closed pages")
+        yield page
+
+
+@contextmanager
+def opened(browser: sync_api.Browser, address: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1100, "height": 900})
     page = Page(context.new_page(), address)
     page.open()
@@ -171,7 +211,8 @@ def page(browser: sync_api.Browser, address: str) -> Iterator[Page]:
     assert elsewhere == [] and page.wrong == []
 
 
-def test_the_whole_path(page: Page, pictures: Path, copies: Path) -> None:
+def test_the_whole_path(first_page: Page, pictures: Path, copies: Path) -> None:
+    page = first_page
     page.says("#status", "knows nothing yet")
     sync_api.expect(page.page.get_by_role("button", name="Undo")).to_be_hidden()
     page.tab("Try")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
-import threading
-import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from PIL import Image, ImageFile
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 import httpx
-from serving_tools import Fixed, SlowModel, bomb, picture, running
+from serving_tools import Fixed, SlowModel, bomb, picture, running, until
 from starlette.testclient import TestClient
 
 from duallora.data.images import decode_image
@@ -263,7 +261,7 @@ def test_requests_that_arrive_together_share_a_pass(
         first = pool.submit(client.post, "/predict", content=picture(0))
         assert model.entered.wait(300)
         rest = [pool.submit(client.post, "/predict?top=5", content=picture(i)) for i in range(20)]
-        _wait(lambda: len(submitted) == 21)
+        until(lambda: len(submitted) == 21)
         model.let.set()
         together = [each.result().json()["predictions"][0] for each in rest]
         assert first.result().json() == alone[0]
@@ -337,7 +335,7 @@ def test_files_are_let_go_once_they_are_decoded(model: SlowModel, monkeypatch: p
         model.let.clear()
         asked = pool.submit(client.post, "/predict", content=picture())
         assert model.entered.wait(300)
-        _wait(lambda: files[0]() is None)
+        until(lambda: files[0]() is None)
         model.let.set()
         assert asked.result().status_code == 200
 
@@ -365,7 +363,7 @@ def test_too_many_requests_are_told_to_come_again(model: SlowModel) -> None:
     ):
         model.let.clear()
         held = [pool.submit(client.post, "/predict", content=picture(i)) for i in range(3)]
-        _wait(lambda: _waiting(client) == 3)
+        until(lambda: _waiting(client) == 3)
         late = client.post("/predict", content=picture())
         refused(late, 429, "3 requests are waiting", "try again")
         assert late.headers["retry-after"] == "1"
@@ -388,7 +386,7 @@ def test_a_request_that_takes_too_long_is_given_up(model: SlowModel) -> None:
         assert _waiting(client) == 1
         refused(client.post("/predict", content=picture()), 429, "1 requests are waiting")
         model.let.set()
-        _wait(lambda: _waiting(client) == 0)
+        until(lambda: _waiting(client) == 0)
         assert client.post("/predict", content=picture()).status_code == 200
 
 
@@ -403,15 +401,15 @@ def test_a_client_that_sends_slowly_or_goes_away_costs_one_place_for_a_while(mod
         head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nxx"
         slow = socket.create_connection(("127.0.0.1", port))
         slow.sendall(head)
-        _wait(lambda: _waiting(client) == 1)
+        until(lambda: _waiting(client) == 1)
         slow.settimeout(300)
         assert b" 503 " in slow.recv(4096)
         slow.close()
         gone = socket.create_connection(("127.0.0.1", port))
         gone.sendall(head)
-        _wait(lambda: _waiting(client) == 1)
+        until(lambda: _waiting(client) == 1)
         gone.close()
-        _wait(lambda: _waiting(client) == 0)
+        until(lambda: _waiting(client) == 0)
         assert client.post("/predict", content=picture()).status_code == 200
 
 
@@ -470,13 +468,6 @@ def test_limits_that_let_nothing_through_are_refused(field: str, option: str) ->
 def _waiting(client: httpx.Client) -> int:
     lines = client.get("/metrics").text.splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("duallora_requests_waiting ")))
-
-
-def _wait(condition: object, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        threading.Event().wait(0.02)
 
 
 def test_bodies_do_not_wait_for_acknowledgements() -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from duallora.backbones.backbone import Backbone
 from duallora.backbones.frozen_features import FrozenFeatures
-from duallora.data.image_cache import Memory, keeping
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.predictions import readouts_of
@@ -32,6 +31,7 @@ from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage.documents import percent
 from duallora.streams import Stream, Task, TaskDataset
+from duallora.streams.image_cache import Memory, keeping
 
 
 def run_stream(
