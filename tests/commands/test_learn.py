@@ -187,7 +187,7 @@ def test_the_embedded_backbone_is_named_as_small(capsys: pytest.CaptureFixture[s
 def test_a_final_feature_other_than_the_class_token_is_said(
     call: Call, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: bool
 ) -> None:
-    for module in ("learner", "backbones"):
+    for module in ("learner", "backbones.backbone"):
         monkeypatch.setattr(f"duallora.{module}.load_backbone", lambda *_: tiny_backbone(family))
     learned = call("learn", tmp_path / "model", pets, "--epochs", 1)
     small = ["--classes", 2, "--tasks", 1, "--train-per-class", 4, "--holdout", 2, "--epochs", 1]
