@@ -269,25 +269,39 @@ def gate(mode: str, layers: list[int], tasks: int = 3) -> DynamicMemory:
 
 def test_one_gate_serves_all_layers_above() -> None:
     memory = gate("first", [2])
-    first = memory.gate(2, tokens(0))
-    near(first, memory.points[2].weights(described(tokens(0))))
-    assert torch.equal(memory.gate(3, tokens(1)), first), "later layers use what the first one found"
-    near(memory.features[2], described(tokens(0)))
-    assert 3 not in memory.features
-    assert torch.equal(memory.mean_weights(), first)
+    with memory.reading() as seen:
+        first = memory.gate(2, tokens(0))
+        near(first, memory.points[2].weights(described(tokens(0))))
+        assert torch.equal(memory.gate(3, tokens(1)), first), "later layers use what the first one found"
+    near(seen.features[2], described(tokens(0)))
+    assert 3 not in seen.features
+    assert torch.equal(seen.mean_weights, first)
 
 
 def test_each_layer_may_have_its_own_gate() -> None:
     memory = gate("layer", [2, 3])
-    first, second = memory.gate(2, tokens(0)), memory.gate(3, tokens(1))
+    with memory.reading() as seen:
+        first, second = memory.gate(2, tokens(0)), memory.gate(3, tokens(1))
     near(second, memory.points[3].weights(described(tokens(1))))
     assert not torch.equal(first, second)
-    near(memory.mean_weights(), (first + second) / 2)
+    near(seen.mean_weights, (first + second) / 2)
 
 
 def test_without_a_gate_all_tasks_act() -> None:
     memory = gate("off", [])
-    assert torch.equal(memory.gate(2, tokens()), torch.ones(4, 3))
+    with memory.reading():
+        assert torch.equal(memory.gate(2, tokens()), torch.ones(4, 3))
+
+
+def test_a_pass_leaves_nothing_behind() -> None:
+    memory = gate("first", [2])
+    with pytest.raises(KeyboardInterrupt), memory.reading():
+        memory.gate(2, tokens())
+        raise KeyboardInterrupt
+    assert memory.current.get() is None
+    assert memory.gate(2, tokens()) is None, "outside a pass no residual adapter acts"
+    with memory.reading() as seen:
+        assert not seen.features and seen.mean_weights is None
 
 
 def test_the_mean_patch_token_tells_tasks_apart_where_the_class_token_does_not() -> None:
@@ -296,19 +310,22 @@ def test_the_mean_patch_token_tells_tasks_apart_where_the_class_token_does_not()
     drawn = [tokens(task, 16) for task in range(2)]
     for task, x in enumerate(drawn):
         x[:, 1:] += 1.5 * (2 * task - 1)
-        memory.gate(1, x)
-        memory.points[1].observe(task, memory.features[1], torch.arange(16) % 2, 2, None)
+        with memory.reading() as seen:
+            memory.gate(1, x)
+        memory.points[1].observe(task, seen.features[1], torch.arange(16) % 2, 2, None)
     memory.tasks = 2
     for task in range(2):
         x = tokens(10 + task, 16)
         x[:, 1:] += 1.5 * (2 * task - 1)
-        assert float(memory.gate(1, x)[:, task].mean()) > 0.9
+        with memory.reading():
+            assert float(memory.gate(1, x)[:, task].mean()) > 0.9
 
 
 def test_before_the_first_task_there_are_no_weights_but_features() -> None:
     memory = DynamicMemory("first", {1: GatePoint(2 * DIM, CPU, 4, None)}, TokenReader(True, 1))
-    assert memory.gate(1, tokens()) is None and memory.mean_weights() is None
-    near(memory.features[1], described(tokens()))
+    with memory.reading() as seen:
+        assert memory.gate(1, tokens()) is None and seen.mean_weights is None
+    near(seen.features[1], described(tokens()))
 
 
 def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> None:
@@ -318,10 +335,11 @@ def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> 
     point.observe(2, f0, labels, 2, None)
     picked = torch.tensor([7, 0, 4])
     x = tokens(5, 3)
-    with memory.own_images(labels[picked], picked):
+    with memory.reading((labels[picked], picked)):
         found = memory.gate(2, x)
     near(found, point.weights(described(x), point.rows.own(2, labels[picked], f0[picked])))
-    assert not torch.equal(found, memory.gate(2, x)), "outside the context nothing is left out"
+    with memory.reading():
+        assert not torch.equal(found, memory.gate(2, x)), "of other images nothing is left out"
 
 
 def test_part_takes_what_lies_below_a_prefix() -> None:

@@ -21,6 +21,7 @@ from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 from torch.nn import functional as F
 
 from duallora import METHODS, ContinualLearner
+from duallora.methods import Encoding
 from duallora.methods.ncm import NCM
 from duallora.methods.ranpac import RanPAC
 from duallora.runtime.progress import Progress
@@ -227,5 +228,6 @@ def test_the_ridge_regression_and_the_prototypes_read_the_final_feature_alone() 
         other = features.clone()
         other[:, WIDTH:] += 1.0
         assert features.shape[1] > WIDTH
-        assert torch.equal(learner.method.head_logits(other), learner.method.head_logits(features))
+        own, others = (learner.method.head_logits(Encoding(f)) for f in (features, other))
+        assert torch.equal(own, others)
         assert not torch.allclose(learner.method.rows.log_q(other), learner.method.rows.log_q(features))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from duallora.adapters.moments import TokenReader
+from duallora.adapters.per_pass import PerPass
 from duallora.adapters.subspace import Subspace
 from duallora.classifiers.class_statistics import ClassMoments, Own, RowMemory, best_kappa
 
@@ -170,6 +172,27 @@ class GatePoint:
             self.energy.load_state(part(tensors, "energy"))
 
 
+@dataclass
+class GatePass:
+    """What the gate reads and says in one pass of the backbone over B images.
+
+    Attributes:
+        own: labels and indices of the images (B,) if they are the current task's: each is left out of its
+            own row then.
+        features: what was read (B, m d), by layer of the gate points.
+        weights: of the tasks (B, T), by adapted layer; empty before the first task.
+    """
+
+    own: tuple[Tensor, Tensor] | None = None
+    features: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean_weights(self) -> Tensor | None:
+        """Weights (B, T), averaged over adapted layers; None before the first task."""
+        return torch.stack(list(self.weights.values())).mean(0) if self.weights else None
+
+
 class DynamicMemory:
     """The gate of all adapted layers: which points are read, and what a layer gets.
 
@@ -183,48 +206,51 @@ class DynamicMemory:
     def __init__(self, mode: str, points: dict[int, GatePoint], reader: TokenReader) -> None:
         self.mode, self.points, self.reader = mode, points, reader
         self.tasks = 0
-        self.features: dict[int, Tensor] = {}  # of the latest forward pass, by layer
-        self.latest: dict[int, Tensor] = {}  # weights of the latest forward pass, by layer
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self.current: PerPass[GatePass] = PerPass()
 
     @contextmanager
-    def own_images(self, labels: Tensor, indices: Tensor) -> Iterator[None]:
-        """Inside the context, images are the current task's: each is left out of its own row."""
-        self._batch = (labels, indices)
-        try:
-            yield
-        finally:
-            self._batch = None
+    def reading(self, own: tuple[Tensor, Tensor] | None = None) -> Iterator[GatePass]:
+        """Inside, one pass of the backbone in this thread is gated; outside, no residual adapter acts.
+
+        Args:
+            own: labels and indices of the images, if they are the current task's.
+
+        Yields:
+            What the gate has read and said, complete after the pass.
+        """
+        with self.current.holding(GatePass(own)) as seen:
+            yield seen
 
     def gate(self, layer: int, x: Tensor) -> Tensor | None:
-        """Weights (B, T) for the input (B, N, d) of an adapted layer; None before the first task."""
+        """Weights (B, T) for the input (B, N, d) of an adapted layer.
+
+        None before the first task and outside :meth:`reading`.
+        """
+        seen = self.current.get()
+        if seen is None:
+            return None
         point = self.points.get(layer)
         if point is not None:
-            self.features[layer] = self.reader.description(x.detach(), layer)
+            seen.features[layer] = self.reader.description(x.detach(), layer)
         if self.tasks == 0:
             return None
         if self.mode == "off":
-            self.latest[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
+            seen.weights[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
         elif point is not None:
-            self.latest[layer] = point.weights(self.features[layer], self._own(point))
+            seen.weights[layer] = point.weights(seen.features[layer], self._own(point, seen))
         else:
-            self.latest[layer] = self.latest[next(iter(self.points))]
-        return self.latest[layer]
-
-    def mean_weights(self) -> Tensor | None:
-        """Weights (B, T) of the latest pass, averaged over adapted layers; None before the first task."""
-        return torch.stack(list(self.latest.values())).mean(0) if self.latest else None
+            seen.weights[layer] = seen.weights[next(iter(self.points))]
+        return seen.weights[layer]
 
     def release(self) -> None:
         """Forgets the features of single images, once the task they belong to has ended."""
-        self.features, self.latest = {}, {}
         for point in self.points.values():
             point.f0 = point.f0[:0]
 
-    def _own(self, point: GatePoint) -> Own | None:
-        if self._batch is None:
+    def _own(self, point: GatePoint, seen: GatePass) -> Own | None:
+        if seen.own is None:
             return None
-        labels, indices = self._batch
+        labels, indices = seen.own
         return point.rows.own(self.tasks - 1, labels, point.f0[indices.to(point.f0.device)])
 
 

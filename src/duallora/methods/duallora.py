@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from duallora.adapters.dual_lora import AdaptedQKV
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint, part
@@ -22,8 +22,9 @@ from duallora.adapters.moments import Moment, TokenReader, check_moments, gather
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
+from duallora.methods.base import Batch, Encoding, Loader, Method, TaskInfo, adapted_layers
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.runtime import parallel
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
@@ -99,8 +100,10 @@ class DualLoRA(Method):
     imprinted: ClassVar[bool] = True
     config: DualLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: DualLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: DualLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         check_moments(backbone, config.moments)
         layers = adapted_layers(backbone, config.first_adapted_layer)
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
@@ -163,10 +166,11 @@ class DualLoRA(Method):
         adapters = [p for m in self.adapted.values() for p in m.parameters() if p.requires_grad]
         return [*super().parameter_groups(), {"params": adapters, "lr": self.config.learning_rate}]
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
-        with self.memory.own_images(batch.labels, batch.indices):
-            return super().loss(batch)
+        with self.context.autocast():
+            features = self.encode(batch.images, (batch.labels, batch.indices)).features
+        return F.cross_entropy(self.heads.current(features), batch.labels)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -217,17 +221,29 @@ class DualLoRA(Method):
 
     # -- readouts --------------------------------------------------------------------------------------------
 
-    def task_posterior(self, log_q: Tensor) -> Tensor:
+    def encode(self, images: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Encoding:
+        """A forward pass with the gate's weights.
+
+        Args:
+            images: (n, 3, H, W).
+            own: labels and indices (n,) of images of the current task: each is left out of its own gate row.
+        """
+        with self.memory.reading(own) as seen:
+            features = self.backbone(images).float()
+        gate = None if self.config.residual == "none" else seen.mean_weights
+        return Encoding(features, gate, seen.features)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features (n, row_dim) of images that may be of any task."""
+        return self.encode(images).features
+
+    def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
         """From the rows on the final feature; by energy with ``calibration="task"`` from the gate's."""
         if self.config.relevance == "energy" and self.config.calibration == "task":
             layer, point = next(iter(self.memory.points.items()))
             if point.energy is not None:
-                return point.energy.log_posterior(self.memory.features[layer])
-        return super().task_posterior(log_q)
-
-    def gate_weights(self) -> Tensor | None:
-        """Weights of the residual adapters in the latest pass (n, T)."""
-        return None if self.config.residual == "none" else self.memory.mean_weights()
+                return point.energy.log_posterior(encoding.gate_features[layer])
+        return super().task_posterior(encoding, log_q)
 
     # -- forgetting ------------------------------------------------------------------------------------------
 
@@ -341,11 +357,12 @@ class DualLoRA(Method):
         gathered: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.points}
         with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
             for batch in loader():
-                with self.memory.own_images(batch.labels, batch.indices) if own else nullcontext():
-                    features.append(self.features(batch.images))
+                with self.context.autocast():
+                    seen = self.encode(batch.images, (batch.labels, batch.indices) if own else None)
+                features.append(seen.features)
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
-                    found.append(self.memory.features[layer])
+                    found.append(seen.gate_features[layer])
         gate = {layer: parallel.gather(torch.cat(found)) for layer, found in gathered.items()}
         joined = (parallel.gather(torch.cat(parts)) for parts in (features, labels))
         return _Seen(moments, gate, *joined)

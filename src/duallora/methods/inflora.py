@@ -26,6 +26,7 @@ from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class InfLoRA(Method):
     leaves = "its share of the pooled covariance and of the bases, and of an update that is summed up already"
     config: InfLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: InfLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: InfLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         layers, group = adapted_layers(backbone, config.first_adapted_layer), config.projections
         self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [group]))
         self.adapters = nn.ModuleDict({str(layer): m.groups[group] for layer, m in self.adapted.items()})
@@ -83,7 +86,7 @@ class InfLoRA(Method):
         group = self.config.projections
         if len(task.classes) == 1 or not self.config.rank:
             return
-        with self._moments() as moments, torch.no_grad(), self.autocast():
+        with self._moments() as moments, torch.no_grad(), self.context.autocast():
             for batch in loader():
                 self.backbone.project(batch.images, max(self.adapted))
         for layer, memory in self.memory.items():

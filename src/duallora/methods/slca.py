@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,22 @@ class SLCA(Method):
     stores = "the whole backbone, heads, a mean and covariance per class"
     config: SLCAConfig
 
-    def __init__(self, backbone: Backbone, config: SLCAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SLCAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         # A module's parameters cannot have dots in their names.
         copies = {name.replace(".", "/"): p.detach().clone() for name, p in backbone.named_parameters()}
         self.adapters["backbone"] = nn.ParameterDict(copies)
         self.gaussians = Gaussians(backbone.feature_dim)
+        self._swapping = threading.Lock()
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the backbone with the trained parameters in the place of its own."""
         copies = {name.replace("/", "."): p for name, p in self.adapters["backbone"].items()}  # type: ignore[operator]
-        features: Tensor = torch.func.functional_call(self.backbone, copies, (images,))
+        # While the call runs, the parameters stand in the one backbone that all threads share.
+        with self._swapping:
+            features: Tensor = torch.func.functional_call(self.backbone, copies, (images,))
         return features
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
 
 
@@ -63,8 +64,10 @@ class SLDC(Method):
     stores = "one A and B, heads, a mean and covariance per class"
     config: SLDCConfig
 
-    def __init__(self, backbone: Backbone, config: SLDCConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SLDCConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         generator = self.generator(0, purpose=1)
         self.attach(
             config.first_adapted_layer,

@@ -15,6 +15,7 @@ from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.runtime import parallel
 
 
@@ -97,8 +98,10 @@ class SoRA(Method):
     stores = "one A, g and B without closed ranks, heads, class rows"
     config: SoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.attach(config.first_adapted_layer, config.projections, Gated)
         self.updates = [update for update in self.adapters.values() if isinstance(update, Gated)]
         self.step = self.steps = 0
