@@ -78,11 +78,11 @@ class Twins:
             own(task, features, labels)
             for rows, width in self.twins.values():
                 rows.replace(task.index, ClassMoments.of(features[:, :width], labels, len(task.classes)))
-                rows.fit(task.index, features[:, :width], labels)
+                rows.fit_temperature(task.index, features[:, :width], labels)
             if self.start is not None:
                 self.moved.move(ridge_map(self.start, self._after(task.index)))
             self.moved.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-            self.moved.fit(task.index, features, labels)
+            self.moved.fit_temperature(task.index, features, labels)
 
         method.remember = remember  # type: ignore[method-assign]
 

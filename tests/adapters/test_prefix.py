@@ -10,8 +10,8 @@ from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 from torch import Tensor
 from written_vit import written_feature, written_features
 
-from duallora.adapters.inject import unwrap_attention
 from duallora.adapters.prefix import ExtraTokens, halves, put_prefixes, uniform
+from duallora.adapters.wrapped_qkv import unwrap_attention
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),

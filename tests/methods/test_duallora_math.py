@@ -143,7 +143,7 @@ def test_an_adapted_layer_equals_its_formula_with_the_gate_written_out(
     for data in tasks:
         f = described(calls_of(method.adapted[1], lambda data=data: method.logits(data.images))[0])
         rows.replace(data.info.index, ClassMoments.of(f, data.labels, 2))
-        rows.fit(data.info.index, f, data.labels)
+        rows.fit_temperature(data.info.index, f, data.labels)
     scores = (rows.kappa * rows.scores(described(x).float())).softmax(1)
     weights = torch.stack([scores[:, 2 * t] + scores[:, 2 * t + 1] for t in range(3)], 1).double()
     weights = weights * (weights >= weights.sort(1, descending=True).values[:, 1:2])
@@ -443,7 +443,7 @@ def test_training_leaves_each_image_out_of_its_own_row() -> None:
     old_f = described(calls_of(method.adapted[1], lambda: method.extract(old.images))[0])
     for task, (f, y) in enumerate([(old_f, old.labels), (f0, data.labels)]):
         rows.replace(task, ClassMoments.of(f, y, 2))
-        rows.fit(task, f, y)
+        rows.fit_temperature(task, f, y)
     assert rows.kappa == pytest.approx(point.rows.kappa)
     moments = rows.moments
     sigma = moments.scatter / (18 - 4)

@@ -214,7 +214,7 @@ def test_a_first_session_survives_saving(tmp_path: Path) -> None:
 def test_the_ridge_regression_is_saved_beside_the_rows(tmp_path: Path) -> None:
     learner = taught("ranpac", three_tasks())
     stored = {key for key in learner.method.state() if key.startswith("ridge.")}
-    assert stored == {f"ridge.{key}" for key in ranpac(learner).ridge.state()} and stored
+    assert stored == {f"ridge.{key}" for key in ranpac(learner).ridge.state_dict()} and stored
     loaded = reloaded(learner, tmp_path / "model")
     assert torch.equal(ranpac(loaded).ridge.weight, ranpac(learner).ridge.weight)
     data = unseen(three_tasks())

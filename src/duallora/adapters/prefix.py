@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.inject import wrap_attention
 from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_qkv import wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 

@@ -11,7 +11,7 @@ Order of the calls for one task::
         extract(images)        the features alone
       head_logits(encoding)    the heads' logits
     forget(task, kept)         between tasks: loses classes, or all that is a task's own
-    state() / load_state()     between tasks only
+    state() / load_state()     between tasks only; restored() after a load
     simulate(tasks)            random numbers of the same shapes, for measurements
 """
 
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
 from duallora.adapters.lora import Beside, put_beside
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
@@ -36,6 +35,7 @@ from duallora.errors import DualLoRAError
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.runtime import parallel
+from duallora.storage.learned import Learned
 
 
 class Batch(NamedTuple):
@@ -114,6 +114,8 @@ class Method:
         reconstruction: whether the paper's code or text was not to be had, so that parts are a guess.
         all_at_once: whether it has to see all tasks' images together.
         readout: which readout is the method's own answer.
+        learned: all that is saved, as one module; subclasses add what they keep beside heads, rows and
+            adapters.
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
@@ -147,6 +149,9 @@ class Method:
         self.heads = Heads(width, self.device)
         self.rows = RowMemory(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
+        self.learned = Learned(self.device)
+        for name, module in (("heads", self.heads), ("rows", self.rows), ("adapters", self.adapters)):
+            self.learned.add_module(name, module)
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
         self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
@@ -179,7 +184,7 @@ class Method:
             labels: (n,).
         """
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit(task.index, features, labels)
+        self.rows.fit_temperature(task.index, features, labels)
         if len(labels) > len(task.classes):  # single images have no spread to weigh features by
             self.heads.imprint(*self.rows.linear(task.index))
 
@@ -271,7 +276,7 @@ class Method:
             make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
-        self.adapters = nn.ModuleDict({str(layer): b.update for layer, b in self.beside.items()})
+        self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -339,18 +344,25 @@ class Method:
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned so far, by name; valid between tasks."""
-        tensors = {f"heads.{name}": x for name, x in self.heads.state_dict().items()}
-        tensors |= {f"rows.{name}": x for name, x in self.rows.state().items()}
-        tensors |= {f"adapters.{name}": x.detach() for name, x in self.adapters.state_dict().items()}
-        return tensors
+        return dict(self.learned.state_dict())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave; tensors are on the CPU."""
-        self.heads.load_state(part(tensors, "heads"))
-        self.rows.load_state(part(tensors, "rows"))
-        for task in range(len(self.heads.tasks)):
+        """Restores what :meth:`state` gave.
+
+        Raises:
+            ValueError: tensors are missing, or are not of this method and configuration.
+        """
+        heads = [name for name in tensors if name.startswith("heads.") and name.endswith(".weight")]
+        for task in range(len(heads)):
             self.grow(task)
-        self.adapters.load_state_dict(part(tensors, "adapters"))
+        try:
+            self.learned.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        self.restored()
+
+    def restored(self) -> None:
+        """After a load: what follows from the learned state and is not saved."""
         for wrapper in self.beside.values():
             wrapper.merge()
 
@@ -380,7 +392,7 @@ class Method:
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Adds the task's rows on features (n, row_dim) and fits their temperature; called once a task."""
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit(task.index, features, labels)
+        self.rows.fit_temperature(task.index, features, labels)
 
     @torch.no_grad()
     def observe(self, loader: Loader) -> tuple[Tensor, Tensor]:

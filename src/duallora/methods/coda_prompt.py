@@ -111,7 +111,7 @@ class CodaPrompt(Method):
         self.pools = {
             layer: Components(config.prompt_length, backbone.dim, backbone.feature_dim) for layer in layers
         }
-        self.adapters = nn.ModuleDict({str(layer): pool for layer, pool in self.pools.items()})
+        self.adapters.update({str(layer): pool for layer, pool in self.pools.items()})
 
     def grow(self, task: int) -> None:
         """Adds the task's components."""

@@ -102,8 +102,22 @@ class CoLoR(Method):
             config.first_adapted_layer, config.projections, lambda dim, out: PerTask(dim, out, self.active)
         )
         self.updates = [update for update in self.adapters.values() if isinstance(update, PerTask)]
-        self.centres = torch.zeros(0, backbone.feature_dim, device=self.device)
-        self.centre_task = torch.zeros(0, dtype=torch.long, device=self.device)
+        none = torch.zeros(0, backbone.feature_dim, device=self.device)
+        self._set_centres(none, torch.zeros(0, dtype=torch.long, device=self.device))
+
+    @property
+    def centres(self) -> Tensor:
+        """Of all tasks (K, feature_dim)."""
+        return self.learned.get_buffer("centres")
+
+    @property
+    def centre_task(self) -> Tensor:
+        """The task of each centre (K,)."""
+        return self.learned.get_buffer("centre_task")
+
+    def _set_centres(self, centres: Tensor, task: Tensor) -> None:
+        self.learned.register_buffer("centres", centres)
+        self.learned.register_buffer("centre_task", task)
 
     def grow(self, task: int) -> None:
         """A pair in every adapted layer."""
@@ -124,8 +138,8 @@ class CoLoR(Method):
         wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
         seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
         found = _centres(features, wanted, seed).to(self.device)
-        self.centres = torch.cat([self.centres, found])
-        self.centre_task = torch.cat([self.centre_task, self.centre_task.new_full((len(found),), task.index)])
+        of_task = self.centre_task.new_full((len(found),), task.index)
+        self._set_centres(torch.cat([self.centres, found]), torch.cat([self.centre_task, of_task]))
         super().consolidate(task, loader)
 
     @torch.no_grad()
@@ -134,8 +148,9 @@ class CoLoR(Method):
         super().simulate(tasks)
         counts = [2 * len(t.classes) if self.config.centres is None else self.config.centres for t in tasks]
         width, generator = self.backbone.feature_dim, self.generator(0, purpose=8)
-        self.centres = torch.randn(sum(counts), width, generator=generator).to(self.device)
-        self.centre_task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts)).to(self.device)
+        task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))
+        centres = torch.randn(sum(counts), width, generator=generator)
+        self._set_centres(centres.to(self.device), task.to(self.device))
 
     def choose(self, images: Tensor) -> Tensor:
         """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
@@ -172,19 +187,9 @@ class CoLoR(Method):
         if bool(kept.any()):
             return
         mine = self.centre_task == task
-        self.centres, self.centre_task = self.centres[~mine], self.centre_task[~mine]
+        self._set_centres(self.centres[~mine], self.centre_task[~mine])
         for update in self.updates:
             update.clear(task)
-
-    def state(self) -> dict[str, Tensor]:
-        """As every method, and the centres (K, d) with their tasks (K,)."""
-        return super().state() | {"centres": self.centres, "centre_task": self.centre_task}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.centres = tensors["centres"].to(self.device)
-        self.centre_task = tensors["centre_task"].to(self.device)
 
 
 def _centres(features: Tensor, count: int, seed: int) -> Tensor:

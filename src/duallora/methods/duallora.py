@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint, part
-from duallora.adapters.inject import wrap_attention
+from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
+from duallora.adapters.wrapped_qkv import wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Batch, Encoding, Loader, Method, TaskInfo, adapted_layers
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.runtime import parallel
+from duallora.storage.learned import SideBySide
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
 
@@ -118,6 +119,13 @@ class DualLoRA(Method):
         if config.residual != "none" or self.memory.points:
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
+        layers_of = nn.ModuleDict()
+        for layer, module in self.adapted.items():
+            places = {g: SideBySide(module.groups[g], self.subspaces[layer, g]) for g in groups}
+            layers_of[str(layer)] = nn.ModuleDict(places)
+        self.learned.add_module("layers", layers_of)
+        points = {str(layer): point for layer, point in self.memory.points.items()}
+        self.learned.add_module("gate", nn.ModuleDict(points))
         self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
 
     # -- before the task -------------------------------------------------------------------------------------
@@ -262,29 +270,11 @@ class DualLoRA(Method):
 
     # -- state -----------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Updates, bases, subspaces, gate points, heads and rows."""
-        tensors = super().state()
-        for (layer, group), subspace in self.subspaces.items():
-            place = f"layers.{layer}.{group}"
-            tensors |= {f"{place}.{name}": x for name, x in self.adapted[layer].groups[group].state().items()}
-            tensors[f"{place}.phi"] = subspace.phi
-            tensors[f"{place}.sizes"] = torch.tensor(subspace.sizes, dtype=torch.long)
-        for layer, point in self.memory.points.items():
-            tensors |= {f"gate.{layer}.{name}": x for name, x in point.state().items()}
-        return tensors
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        for (layer, group), subspace in self.subspaces.items():
-            own = part(tensors, f"layers.{layer}.{group}")
-            subspace.phi, subspace.sizes = own["phi"].cpu(), own["sizes"].tolist()
-            self.adapted[layer].groups[group].load_state({name: x.to(self.device) for name, x in own.items()})
+    def restored(self) -> None:
+        """Merges the updates; the gate knows as many tasks as there are heads."""
+        super().restored()
         for module in self.adapted.values():
             module.refresh()
-        for layer, point in self.memory.points.items():
-            point.load_state(part(tensors, f"gate.{layer}"))
         self.memory.tasks = len(self.heads.tasks)
 
     @torch.no_grad()
@@ -305,7 +295,8 @@ class DualLoRA(Method):
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
             subspace.phi = random_basis(module.dim, columns, generator)
-            subspace.sizes = [len(share) for share in torch.arange(columns).tensor_split(max(len(tasks), 1))]
+            shares = torch.arange(columns).tensor_split(max(len(tasks), 1))
+            subspace.sizes = torch.tensor([len(share) for share in shares])
         for module in self.adapted.values():
             module.refresh()
         for point in self.memory.points.values():

@@ -102,7 +102,7 @@ class DualPrompt(Method):
         }
         self.prefixes = put_prefixes(backbone, range(g + e))
         experts = {str(layer): pool for layer, pool in self.experts.items()}
-        self.adapters = nn.ModuleDict({"general": self.general, **experts})
+        self.adapters.update({"general": self.general, **experts})
 
     def grow(self, task: int) -> None:
         """Adds the task's expert prompts and keys."""

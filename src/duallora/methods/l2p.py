@@ -86,7 +86,7 @@ class L2P(Method):
         prompts = uniform(size, config.prompt_length, backbone.dim, generator=generator)
         keys = small(size, backbone.feature_dim, generator=generator)
         self.pool = Pool(prompts, keys).to(self.device)
-        self.adapters = nn.ModuleDict({"pool": self.pool})
+        self.adapters.update({"pool": self.pool})
         self.tokens = ExtraTokens(backbone)
 
     def loss(self, batch: Batch) -> Tensor:

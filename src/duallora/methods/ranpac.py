@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duallora.adapters.dynamic_memory import part
 from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.random_features import RandomFeatureModel
@@ -59,6 +58,7 @@ class RanPAC(Method):
         self.ridge = RandomFeatureModel(
             backbone.feature_dim, config.random_features, config.ridge, seed, self.device
         )
+        self.learned.add_module("ridge", self.ridge)
         if config.first_session:
             generator = self.generator(0, purpose=1)
             self.attach(
@@ -111,12 +111,3 @@ class RanPAC(Method):
         images = int(self.rows.moments.count[~stays].sum())
         super().forget(task, kept)
         self.ridge.forget(task, stays, images, whole=not bool(kept.any()))
-
-    def state(self) -> dict[str, Tensor]:
-        """With the classifier's projection, sums and solution."""
-        return super().state() | {f"ridge.{name}": x for name, x in self.ridge.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.ridge.load_state(part(tensors, "ridge"))

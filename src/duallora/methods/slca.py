@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Loader, Method, TaskInfo
@@ -56,6 +55,7 @@ class SLCA(Method):
         copies = {name.replace(".", "/"): p.detach().clone() for name, p in backbone.named_parameters()}
         self.adapters["backbone"] = nn.ParameterDict(copies)
         self.gaussians = Gaussians(backbone.feature_dim)
+        self.learned.add_module("gaussians", self.gaussians)
         self._swapping = threading.Lock()
 
     def extract(self, images: Tensor) -> Tensor:
@@ -112,15 +112,6 @@ class SLCA(Method):
         """With the Gaussians of the classes."""
         self.gaussians.forget(self.rows.staying(task, kept))
         super().forget(task, kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """With the Gaussians."""
-        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.gaussians.load_state(part(tensors, "gaussians"))
 
 
 def normalised_cross_entropy(logits: Tensor, rows: Tensor, task: Tensor, norm: float) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
 from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
@@ -75,6 +74,7 @@ class SLDC(Method):
             lambda dim, out: LowRank(dim, out, config.rank, generator),
         )
         self.gaussians = Gaussians(backbone.feature_dim)
+        self.learned.add_module("gaussians", self.gaussians)
         self._teacher: list[Tensor | None] = []  # merged weights before the task, while it is learned
         self._start: Tensor | None = None  # features of the task's images with them
 
@@ -165,15 +165,6 @@ class SLDC(Method):
         """With the Gaussians of the classes."""
         self.gaussians.forget(self.rows.staying(task, kept))
         super().forget(task, kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """With the Gaussians."""
-        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.gaussians.load_state(part(tensors, "gaussians"))
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
