@@ -156,8 +156,6 @@ def traced(learner: ContinualLearner) -> torch.export.ExportedProgram:
         raise DualLoRAError(
             f"{learner.method_name} on {learner.backbone.info.name} cannot be exported: {reason}"
         ) from error
-    finally:
-        model(example)  # what a pass leaves in the method is a tensor again, and none of a graph
     return program
 
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from duallora.metrics import Hits
 from rich.console import Console
 
 from duallora import metrics
 from duallora.runs import report
+from duallora.runs.metrics import Hits
 
 
 def make_results(names=("birds", "a|b"), calibrated=True):

@@ -65,7 +65,6 @@ class Session:
         self._current: ServedModel | None = None
         self._seen: tuple[int, int, int] | None = None
         self._loading = threading.RLock()
-        self._asking = threading.Lock()  # the gate keeps the weights of its latest pass
         self._changing = threading.Lock()
         self._in_use: set[Path] = set()
         uploads.owned_by(lambda: self._in_use)
@@ -141,8 +140,7 @@ class Session:
     ) -> list[Answer]:
         learner = model.learner
         images = torch.stack([model.preprocess(read_image(path)) for path in paths])
-        with self._asking:
-            outputs = learner.outputs_of([images])
+        outputs = learner.outputs_of([images])
         names = [task.name for task in learner.tasks]
         said = predictions(outputs, learner.classes, names, [path.name for path in paths], top)
         gated = outputs.gate is not None

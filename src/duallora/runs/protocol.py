@@ -58,7 +58,7 @@ def run_stream(
             one writes; all have to see the folder.
         progress: Takes one line a task.
         backbone: What a resumed learner stands on; where there is none, it is loaded as the model says.
-        features: Features of the bare backbone, for methods that read them; they change no result.
+        features: Features of the bare backbone for a learner that is loaded to go on; a new one has its own.
         evaluate_every: All test images seen so far are looked at after every so many tasks and after the
             last; in between, only the task's own.
 
@@ -89,9 +89,7 @@ def run_stream(
             return finished
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        learner, rows = _start(fresh, backbone, directory, stream, machine, progress)
-        if features is not None:
-            learner.method.cache = features
+        learner, rows = _start(fresh, backbone, directory, stream, machine, progress, features)
         memory = Memory(machine.image_bytes // 2)  # the other half is for the task at hand
         tests = [keeping(t.test, memory, machine.workers, parallel.share(len(t.test))) for t in stream]
         _learn(learner, stream, tests, rows, directory, progress, machine, evaluate_every)
@@ -113,6 +111,7 @@ def _start(
     stream: Stream,
     machine: Machine,
     progress: Progress,
+    features: FrozenFeatures | None,
 ) -> tuple[ContinualLearner, list[Row]]:
     """A new learner, or the one of the interrupted run with the evaluations it had."""
     first = parallel.rank() == 0
@@ -122,7 +121,9 @@ def _start(
         return fresh, []
     # Another process may have begun this run, and ended, since `fresh` took the backbone.
     free = None if fresh is not None else backbone
-    learner = ContinualLearner.load(directory.model, device=machine, progress=progress, backbone=free)
+    learner = ContinualLearner.load(
+        directory.model, device=machine, progress=progress, backbone=free, features=features
+    )
     learned, rows = len(learner.tasks), directory.rows()
     parallel.wait()  # nothing is written before all have read
     if learned > len(stream) or any(
