@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from duallora.classifiers.class_statistics import sum_rows
-from duallora.outputs import Outputs, Prediction
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy
 
 if TYPE_CHECKING:
     from duallora.methods import Readout
@@ -157,6 +157,32 @@ def predictions(
             )
         )
     return found
+
+
+def evaluation(outputs: Outputs, labels: Tensor, true_task: Tensor, tasks: Sequence[str]) -> Evaluation:
+    """How right the answers for n images are.
+
+    Args:
+        outputs: of the images.
+        labels: (n,) true class indices, as in ``outputs.row_class``.
+        true_task: (n,) task of the true class.
+        tasks: names of all tasks, in their order.
+    """
+    confidence, found = best(class_probabilities(outputs))
+    _, found_task = best(task_probabilities(outputs, len(tasks)))
+    right, count = found == labels, len(tasks)
+    confusion = torch.bincount(true_task * count + found_task, minlength=count**2).reshape(count, count)
+    accuracies = []
+    for t, name in enumerate(tasks):
+        mine = right[true_task == t]
+        accuracies.append(TaskAccuracy(name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine)))
+    return Evaluation(
+        accuracy=int(right.sum()) / len(right),
+        tasks=tuple(accuracies),
+        task_confusion=tuple(tuple(row) for row in confusion.tolist()),
+        calibration_error=calibration_error(confidence, right),
+        images=len(right),
+    )
 
 
 def as_document(prediction: Prediction, unknown_below: float | None = None) -> dict[str, Any]:
