@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 import httpx
 import safetensors.torch
 import torch
-from command_line import Call, assert_refused, caller, images, use_tiny_backbone
+from command_line import Call, assert_refused, images
 from PIL import Image
 from serving_tools import picture, running, until
 from small_tasks import new_learner, small_config, three_tasks
@@ -33,12 +33,6 @@ from duallora.serving.app import create_app
 from duallora.serving.limits import Limits
 from duallora.serving.model_watch import ModelWatch, ServedModel
 from duallora.storage import checkpoint
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
 
 
 @pytest.fixture
