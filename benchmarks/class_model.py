@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.covariance import shrunk
 from duallora.classifiers.random_features import RandomFeatureModel
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic

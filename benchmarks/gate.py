@@ -28,7 +28,8 @@ from torch import Tensor
 from duallora.adapters.dynamic_memory import EnergyMemory
 from duallora.adapters.subspace import Subspace
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.covariance import shrunk
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset

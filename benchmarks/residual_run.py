@@ -27,14 +27,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, sum_rows
-from duallora.classifiers.heads import calibrate
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.log_probabilities import sum_rows
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import load_setting
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS
-from duallora.methods.base import Encoding, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.drift import ridge_map
+from duallora.methods.interface import Encoding, TaskInfo
 from duallora.storage.atomic import write_atomic
 from duallora.streams import Stream, TaskDataset, all_at_once
 

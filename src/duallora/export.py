@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from duallora.classifiers.class_statistics import sum_rows
+from duallora.classifiers.log_probabilities import sum_rows
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.storage.atomic import write_atomic

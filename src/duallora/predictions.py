@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from duallora import metrics
-from duallora.classifiers.class_statistics import sum_rows
+from duallora.classifiers.log_probabilities import sum_rows
 from duallora.outputs import Outputs, Prediction
 
 UNKNOWN = "unknown"

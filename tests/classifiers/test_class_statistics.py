@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from duallora.classifiers.class_statistics import KAPPAS, ClassMoments, RowMemory, shrunk, sum_rows
+from duallora.classifiers.class_statistics import KAPPAS, ClassMoments, RowMemory
+from duallora.classifiers.covariance import shrunk
+from duallora.classifiers.log_probabilities import sum_rows
 
 DIM, CPU = 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-4, check_dtype=False)

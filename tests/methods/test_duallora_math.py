@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -572,7 +573,7 @@ def test_the_calibrated_readout_equals_its_formula() -> None:
 def test_autocast_reaches_the_backbone_alone() -> None:
     """Where the device has bf16, rows, temperatures, sums and merged weights must not notice."""
     method, plain = method_of(), method_of()
-    method.autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    method.context = replace(method.context, autocast=partial(torch.autocast, "cpu", dtype=torch.bfloat16))
     seen, remember = [], method.remember
 
     def note(task: TaskInfo, features: Tensor, labels: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from duallora import METHODS, ContinualLearner
 from duallora.classifiers.class_statistics import ClassMoments, RowMemory
 from duallora.methods import TaskInfo
-from duallora.methods.base import Batch
+from duallora.methods.interface import Batch
 
 DIM, CPU = 6, torch.device("cpu")
 IMPRINTED = ("duallora", "frozen")

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.per_pass import PerPass
 from duallora.adapters.subspace import Subspace
-from duallora.classifiers.class_statistics import ClassMoments, Own, RowMemory, best_kappa
+from duallora.classifiers.calibration import best_kappa
+from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.gaussian import Own
 from duallora.storage.learned import ByTask, Learned
 
 ENERGY_KAPPAS = torch.logspace(-0.3010299956639812, 1.6989700043360187, 20, dtype=torch.float64)  # .5 to 50
