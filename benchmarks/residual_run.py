@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor
 
 from duallora.classifiers.calibration import calibrate
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.classifiers.log_probabilities import sum_rows
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import load_setting
@@ -70,8 +70,8 @@ class Twins:
         final, dim = method.backbone.feature_dim, method.backbone.row_dim
         widths = {"final": final, "last": final + method.backbone.dim, "all": dim}
         self.method = method
-        self.twins = {name: (RowMemory(width, method.device), width) for name, width in widths.items()}
-        self.moved = RowMemory(dim, method.device)
+        self.twins = {name: (ClassStatistics(width, method.device), width) for name, width in widths.items()}
+        self.moved = ClassStatistics(dim, method.device)
         self.start: Tensor | None = None
         self.images = torch.zeros(0)
         own = method.remember

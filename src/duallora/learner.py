@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from duallora import metrics
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
 from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.data.images import to_pil
@@ -24,8 +23,8 @@ from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.duallora import DualLoRAConfig
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
-from duallora.predictions import predictions
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord
+from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
@@ -210,25 +209,7 @@ class ContinualLearner:
         labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
         latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
-        confidence, right = metrics.top_class(outputs, outputs.readout, labels)
-        found_task = metrics.predicted_tasks(outputs, outputs.readout)
-        count = len(self.tasks)
-        confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(
-            count, count
-        )
-        tasks = []
-        for t, task in enumerate(self.tasks):
-            mine = right[true_task == t]
-            tasks.append(
-                TaskAccuracy(task.name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine))
-            )
-        return Evaluation(
-            accuracy=int(right.sum()) / len(right),
-            tasks=tuple(tasks),
-            task_confusion=tuple(tuple(row) for row in confusion.tolist()),
-            calibration_error=metrics.calibration_error(confidence, right),
-            images=len(right),
-        )
+        return evaluation(outputs, labels, true_task, [task.name for task in self.tasks])
 
     def predict(self, images: Iterable[Any], top: int = 3) -> list[Prediction]:
         """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.
@@ -255,7 +236,7 @@ class ContinualLearner:
             DualLoRAError: there is none of that name, or it is all that the learner knows.
         """
         self._check_usable()
-        return forget(self, task=task, name=name)
+        return forget(self.method, self.tasks, self.classes, task=task, name=name)
 
     @contextmanager
     def lesson(self, config: MethodConfig, seed: int, augment: str) -> Iterator[None]:

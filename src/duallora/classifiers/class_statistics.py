@@ -83,7 +83,7 @@ class ByRow(Learned):
         raise NotImplementedError
 
 
-class RowMemory(Learned):
+class ClassStatistics(Learned):
     """Gaussian rows at one feature point, with the temperature kappa and the distances of known images.
 
     Args:

@@ -30,7 +30,7 @@ from duallora.adapters.per_pass import PerPass
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.calibration import calibrate
-from duallora.classifiers.class_statistics import ByRow, ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ByRow, ClassMoments, ClassStatistics
 from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
 from duallora.methods.config import AdapterFields, MethodConfig
@@ -90,7 +90,7 @@ class Method:
         self.device = next(backbone.parameters()).device
         width = backbone.row_dim if self.imprinted else backbone.feature_dim
         self.heads = Heads(width, self.device)
-        self.rows = RowMemory(backbone.row_dim, self.device)
+        self.rows = ClassStatistics(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
         for name, module in (("heads", self.heads), ("rows", self.rows), ("adapters", self.adapters)):

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duallora import metrics
 from duallora.backbones.backbone import Backbone
 from duallora.backbones.frozen_features import FrozenFeatures
-from duallora.data.image_cache import Memory, keeping
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
+from duallora.predictions import readouts_of
 from duallora.runs import report
+from duallora.runs.metrics import accuracy, count_hits
 from duallora.runs.results import SCHEMA_VERSION, FinalPass, Row, assemble
 from duallora.runs.run_directory import RunDirectory
 from duallora.runtime import parallel
@@ -31,6 +31,7 @@ from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage.documents import percent
 from duallora.streams import Stream, Task, TaskDataset
+from duallora.streams.image_cache import Memory, keeping
 
 
 def run_stream(
@@ -193,8 +194,8 @@ def _evaluate(
             continue
         outputs = learner.outputs(test)
         labels = _labels(learner, test)
-        for name in metrics.readouts_of(outputs):
-            row.setdefault(name, []).append(metrics.count_hits(outputs, name, labels, task))
+        for name in readouts_of(outputs):
+            row.setdefault(name, []).append(count_hits(outputs, name, labels, task))
     for hits in row.values():
         hits[:0] = [None] * skipped
     return row, outputs.features
@@ -216,7 +217,7 @@ def _tell(stream: Stream, rows: list[Row], directory: RunDirectory, progress: Pr
     if any(None in hits for hits in rows[-1].values()):
         directory.log("learned", task=task, name=stream.tasks[task].name)
         return
-    shares = {name: metrics.accuracy(hits) for name, hits in rows[-1].items()}
+    shares = {name: accuracy(hits) for name, hits in rows[-1].items()}
     directory.log("evaluated", task=task, name=stream.tasks[task].name, accuracy=shares)
     figures = ", ".join(f"{percent(share)} % ({name})" for name, share in shares.items())
     progress.line(f"after task {task + 1} of {len(stream)}: accuracy on all seen test images {figures}")

@@ -1,4 +1,4 @@
-"""What ``duallora learn`` is asked for, beside the images, compared with what a saved model stores."""
+"""What a lesson asks of a model, beside the images, compared with what the saved model stores."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
-    """What the command line says of a model; None is what the model stores, or the default of a new one."""
+class ModelRequest:
+    """What is asked of a model; None is what the model stores, or the default of a new one."""
 
     method: MethodChoice
     backbone: str | None = None
