@@ -324,45 +324,32 @@ class ContinualLearner:
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
         with checkpoint.intact(folder):
-            return cls._restore(folder, manifest, tensors, device, progress, backbone, features)
-
-    @classmethod
-    def _restore(
-        cls,
-        folder: Path,
-        manifest: dict[str, Any],
-        tensors: dict[str, Tensor],
-        device: str | Machine,
-        progress: Progress | None,
-        backbone: Backbone | None,
-        features: FrozenFeatures | None,
-    ) -> ContinualLearner:
-        info = BackboneInfo.from_dict(manifest["backbone"])
-        if backbone is None:
-            copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
-            backbone = load_backbone(info, copies[0] if copies else None)
-        info.refuse_other(backbone.info)
-        entry = METHODS.get(manifest["method"])
-        if entry is None:
-            raise DualLoRAError(
-                f"the model uses method {manifest['method']!r}, unknown here; "
-                f"the methods are {', '.join(METHODS)}."
+            info = BackboneInfo.from_dict(manifest["backbone"])
+            if backbone is None:
+                copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
+                backbone = load_backbone(info, copies[0] if copies else None)
+            info.refuse_other(backbone.info)
+            entry = METHODS.get(manifest["method"])
+            if entry is None:
+                raise DualLoRAError(
+                    f"the model uses method {manifest['method']!r}, unknown here; "
+                    f"the methods are {', '.join(METHODS)}."
+                )
+            config = entry.config(**manifest["config"])
+            learner = cls(
+                backbone,
+                config,
+                manifest["seed"],
+                device=device,
+                augment=manifest["augment"],
+                progress=progress,
+                features=features,
             )
-        config = entry.config(**manifest["config"])
-        learner = cls(
-            backbone,
-            config,
-            manifest["seed"],
-            device=device,
-            augment=manifest["augment"],
-            progress=progress,
-            features=features,
-        )
-        learner.method.load_state(tensors)
-        for record in manifest["tasks"]:
-            learner._add(TaskRecord.from_dict(record))
-        learner._origin = (folder.resolve(), manifest["weights"])
-        return learner
+            learner.method.load_state(tensors)
+            for record in manifest["tasks"]:
+                learner._add(TaskRecord.from_dict(record))
+            learner._origin = (folder.resolve(), manifest["weights"])
+            return learner
 
     def _add(self, record: TaskRecord) -> None:
         self.tasks.append(record)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duallora.classifiers.class_statistics import sum_rows
+from duallora.classifiers.log_probabilities import sum_rows
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from duallora.adapters.dynamic_memory import ENERGY_KAPPAS, DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.subspace import Subspace
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 
 DIM, TASKS, CPU = 6, 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)
@@ -343,7 +343,7 @@ def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> 
 
 
 def test_gate_rows_are_ordinary_rows() -> None:
-    point, memory = gaussian_point(2), RowMemory(DIM, CPU)
+    point, memory = gaussian_point(2), ClassStatistics(DIM, CPU)
     for task in range(2):
         features, labels = task_images(task)
         memory.replace(task, ClassMoments.of(features, labels, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,9 @@ def test_two_passes_however_many_tasks_are_met() -> None:
     method.backbone.register_forward_hook(lambda *_: calls.append(1))
     first = method.logits(mixed)
     assert len(calls) == method.forward_passes == 2
-    method.cache = FrozenFeatures.compute(tiny_backbone(depth=DEPTH), [mixed])
+    method.context = replace(
+        method.context, cache=FrozenFeatures.compute(tiny_backbone(depth=DEPTH), [mixed])
+    )
     second = method.logits(mixed)
     assert len(calls) == 3, "the query pass is read from the cache"
     torch.testing.assert_close(second.heads, first.heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ class Watched:
         self.changes: list[Tensor] = []
         begin, merge = DualAdapter.begin, DualAdapter.merge
         self.learner = new_learner(small_config("inflora", **changes))
-        self.learner.method.autocast = nullcontext  # bf16, where the machine has it, would blur the moments
+        self.learner.method.context = replace(
+            self.learner.method.context, autocast=nullcontext
+        )  # bf16, where the machine has it, would blur the moments
         method = self.learner.method
         assert isinstance(method, InfLoRA)
         self.method, (self.layer,) = method, method.memory

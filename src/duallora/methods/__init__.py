@@ -6,9 +6,10 @@ import importlib
 from typing import NamedTuple, get_type_hints
 
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Encoding, Loader, Method, Readout, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import MethodContext
+from duallora.methods.interface import Batch, Encoding, Loader, Readout, TaskInfo
 
 # Name -> file and class; the order is that of `duallora methods`.
 _REGISTRY = {

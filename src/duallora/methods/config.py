@@ -56,6 +56,23 @@ class MethodConfig:
             _check_field(field.name, getattr(self, field.name), hints[field.name], field.name in positive)
 
 
+@dataclass(frozen=True)
+class AdapterFields:
+    """Fields of every low-rank adapter beside the qkv projections; goes with :class:`MethodConfig`.
+
+    Attributes:
+        rank: r, rank of the adapter.
+        projections: which of q, k and v are adapted.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: learning rate of the adapter.
+    """
+
+    rank: int = 20
+    projections: Literal["kv", "qv", "qkv"] = "kv"
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+
+
 def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:
     kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
     if value is None and type(None) in kinds:

@@ -19,12 +19,13 @@ from duallora.adapters.dual_lora import AdaptedQKV
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
-from duallora.adapters.wrapped_qkv import wrap_attention
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Encoding, Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
 
@@ -32,38 +33,31 @@ Place = tuple[int, str]  # (layer, group of projections that share a second mome
 
 
 @dataclass(frozen=True)
-class DualLoRAConfig(MethodConfig):
+class DualLoRAConfig(AdapterFields, MethodConfig):
     """Fields of DualLoRA; the first value of a choice is the default.
 
     Attributes:
         rank: r, rank of the orthogonal adapter.
         residual_rank: r_R, rank of the residual adapter.
-        projections: which of q, k and v are adapted.
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
         orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from; by default there is none (docs/residual.md).
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
-        first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
         top_tasks: most residual adapters that act on one image.
-        learning_rate: learning rate of the adapters.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
-    rank: int = 20
     residual_rank: int = 10
-    projections: Literal["kv", "qv", "qkv"] = "kv"
     moments: Literal["tokens", "class_token"] = "tokens"
     orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
     residual: Literal["none", "next", "protected", "own"] = "none"
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
-    first_adapted_layer: int | None = None
     top_tasks: int = 4
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses combinations that contradict each other.
@@ -284,7 +278,7 @@ class DualLoRA(Method):
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
         super().simulate(tasks)
-        config, generator = self.config, self.generator(0, purpose=8)
+        config, generator = self.config, self.generator(0, "measurement")
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
             module = self.adapted[layer]

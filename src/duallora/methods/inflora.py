@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,18 @@ from duallora.adapters.dual_gpm import DualGPM
 from duallora.adapters.dual_lora import AdaptedQKV
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import energy_share, random_basis
-from duallora.adapters.wrapped_qkv import wrap_attention
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Loader, TaskInfo
 from duallora.storage.learned import SideBySide
 
 
 @dataclass(frozen=True)
-class InfLoRAConfig(MethodConfig):
+class InfLoRAConfig(AdapterFields, MethodConfig):
     """Fields of InfLoRA.
 
     Attributes:
@@ -38,15 +39,10 @@ class InfLoRAConfig(MethodConfig):
         lamb: eps of the first task, share of the squared eigenvalues that is protected; it grows with the
             tasks, see ``energy_share``.
         projections: which of q, k and v are adapted; they share a down-projection.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the up-projection.
     """
 
-    rank: int = 20
     lamb: float = 0.98
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses a share that is none.
@@ -127,7 +123,7 @@ class InfLoRA(Method):
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With random factors of every task, and a basis of ``rank`` more columns for each."""
         super().simulate(tasks)
-        generator, rank = self.generator(0, purpose=8), self.config.rank
+        generator, rank = self.generator(0, "measurement"), self.config.rank
         for layer, memory in self.memory.items():
             module = self.adapted[layer]
             for task in tasks:
