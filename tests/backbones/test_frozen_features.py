@@ -17,8 +17,6 @@ from duallora.errors import DualLoRAError
 from duallora.methods import Method
 from duallora.runs.results import images_per_second
 
-# -- kept features ------------------------------------------------------------------------------------------
-
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))

@@ -21,8 +21,6 @@ import duallora
 from duallora import ContinualLearner
 from duallora.storage import checkpoint
 
-# -- exits --------------------------------------------------------------------------------------------------
-
 
 def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_on_demand(
     call: Call, model: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,8 +13,6 @@ from tiny import tiny_backbone
 
 from duallora import METHODS, CheckFailed, ContinualLearner
 
-# -- a model from its first task to undo -------------------------------------------------------------------
-
 
 def test_a_model_is_taught_asked_measured_and_taken_back(
     call: Call, model: Path, pets: Path, tmp_path: Path

@@ -253,9 +253,6 @@ def test_what_cannot_be_served(call: Call, tmp_path: Path) -> None:
         ModelWatch(tmp_path / "empty", "cpu")
 
 
-# -- the command --------------------------------------------------------------------------------------------
-
-
 def test_the_command_refuses_what_it_cannot_do(
     call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
