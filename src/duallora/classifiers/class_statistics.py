@@ -284,7 +284,7 @@ class ClassStatistics(Learned):
         self._update()
 
     def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
-        """Random rows in place of learned ones, for measurements; see :meth:`Method.simulate`.
+        """Random rows in place of learned ones, for measurements.
 
         Args:
             classes: rows of each task.
