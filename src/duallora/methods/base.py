@@ -35,7 +35,7 @@ from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
-from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, Readout, TaskInfo
+from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
@@ -258,7 +258,7 @@ class Method:
         self.orthogonal_norm = sum(moved) / len(moved) if moved else None
 
     @torch.no_grad()
-    def logits(self, images: Tensor, *, cached: bool = True) -> Readout:
+    def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
@@ -269,14 +269,14 @@ class Method:
         with self.context.reading(), self._computing.holding(not cached):
             encoding = self.encode(images)
         logits = self.head_logits(encoding)
-        log_q, familiarity = self.rows.readout(encoding.features)
+        log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
         log_task = self.task_posterior(encoding, log_q)
         calibrated = None
         if config.calibration != "none":
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
-        return Readout(
+        return BatchOutputs(
             logits.log_softmax(1),
             calibrated,
             log_task,

@@ -49,7 +49,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Readout:
+class BatchOutputs:
     """What a method says of a batch: n images, R rows in the order of the tasks, T tasks; fp32 logs.
 
     Attributes:
