@@ -22,14 +22,14 @@ from duallora.classifiers.log_probabilities import sum_rows
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy
 
 if TYPE_CHECKING:
-    from duallora.methods import Readout
+    from duallora.methods import BatchOutputs
 
 CALIBRATION_BINS = 15
 READOUTS = ("heads", "calibrated")
 UNKNOWN = "unknown"
 
 
-def log_rows(logs: Outputs | Readout, readout: str) -> Tensor:
+def log_rows(logs: Outputs | BatchOutputs, readout: str) -> Tensor:
     """Log-probabilities of the rows under a readout, (n, R).
 
     Raises:
@@ -43,7 +43,7 @@ def log_rows(logs: Outputs | Readout, readout: str) -> Tensor:
     return scores
 
 
-def readouts_of(logs: Outputs | Readout) -> tuple[str, ...]:
+def readouts_of(logs: Outputs | BatchOutputs) -> tuple[str, ...]:
     """The readouts that the method behind these logs has."""
     return READOUTS if logs.calibrated is not None else READOUTS[:1]
 
@@ -61,7 +61,7 @@ def summed_classes(log_probabilities: Tensor, row_class: Tensor, classes: int) -
     return summed.clamp(max=1.0)  # the logs are rounded, and so a sum may be above 1
 
 
-def summed_tasks(logs: Outputs | Readout, readout: str, row_task: Tensor, tasks: int) -> Tensor:
+def summed_tasks(logs: Outputs | BatchOutputs, readout: str, row_task: Tensor, tasks: int) -> Tensor:
     """Probability of every task (n, tasks), in [0, 1].
 
     Args:

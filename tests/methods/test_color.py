@@ -210,7 +210,7 @@ def test_nothing_acts_outside_its_own_passes(monkeypatch: pytest.MonkeyPatch) ->
         at_rest()
     method.loss(Batch(images, torch.tensor([0, 1, 0]), torch.arange(3)))
     at_rest()
-    monkeypatch.setattr(method.rows, "readout", lambda _: 1 / 0)
+    monkeypatch.setattr(method.rows, "posterior_and_familiarity", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         method.logits(images)
     at_rest()

@@ -19,7 +19,7 @@ from duallora.adapters.dual_lora import AdaptedQKV, DualAdapter
 from duallora.backbones.backbone import Backbone, load_backbone
 from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.data.transforms import evaluation_transform
-from duallora.methods import Batch, Encoding, Readout, TaskInfo
+from duallora.methods import Batch, BatchOutputs, Encoding, TaskInfo
 from duallora.methods.duallora import DualLoRA, DualLoRAConfig
 
 DIM, TOKENS, CPU = 32, 17, torch.device("cpu")
@@ -135,7 +135,7 @@ def test_an_adapted_layer_equals_its_formula_with_the_gate_written_out(
             residuals[data.info.index] = (adapter.psi.double() @ adapter.c.double()).detach()
         method.consolidate(data.info, data.loader)
     probes = torch.cat([data.images[:3] for data in tasks])
-    readouts: list[Readout] = []
+    readouts: list[BatchOutputs] = []
     x, y = calls_of(method.adapted[1], lambda: readouts.append(method.logits(probes)))
     x, found = x.double(), readouts[0].gate
 

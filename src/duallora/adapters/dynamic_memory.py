@@ -130,7 +130,7 @@ class GatePoint(nn.Module):
         self.register_module("energy", energy)
         self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass
 
-    def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
+    def learn(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
         """Takes the features f0 (n, d) of the task's images, in place of those of an earlier pass."""
         self.f0 = f0.to(self.rows.device)
         self.rows.replace(task, ClassMoments.of(f0, labels, classes))

@@ -19,11 +19,11 @@ def best_kappa(grid: Tensor, losses: dict[int, Tensor]) -> float:
 def calibrate(
     logits: Tensor, log_q: Tensor, log_task: Tensor, row_task: Tensor, kind: str, tau: float
 ) -> Tensor:
-    """Log-probability of every row (n, R) from heads, class model and task identity.
+    """Log-probability of every row (n, R) from heads, class statistics and task identity.
 
     Args:
         logits: of all heads side by side (n, R).
-        log_q: log-posterior of the class model over rows (n, R).
+        log_q: log-posterior of the class statistics over rows (n, R).
         log_task: log p(t | f) (n, T).
         row_task: the task of each row (R,).
         kind: ``"class"``: ``log p(t|f) + log_softmax_{c in t}(1/2 log_softmax(head_t)(c) + 1/2 log q(c))``;

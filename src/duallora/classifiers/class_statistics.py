@@ -231,7 +231,7 @@ class ClassStatistics(Learned):
         z = self.whitened(f)
         return self._gaussian.nearest(z, self._gaussian.scores(z, own))
 
-    def readout(self, f: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior_and_familiarity(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), whose largest part is the same."""
         z = self.whitened(f)
         scores = self._gaussian.scores(z)
@@ -284,7 +284,7 @@ class ClassStatistics(Learned):
         self._update()
 
     def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
-        """Random rows in place of learned ones, for measurements; see :meth:`Method.simulate`.
+        """Random rows in place of learned ones, for measurements.
 
         Args:
             classes: rows of each task.

@@ -17,7 +17,7 @@ Order of the calls for one task::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +35,7 @@ from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
-from duallora.methods.interface import Batch, Encoding, Loader, Readout, TaskInfo
+from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
@@ -59,6 +59,7 @@ class Method:
         readout: which readout is the method's own answer.
         learned: all that is saved, as one module; subclasses add what they keep beside heads, rows and
             adapters.
+        by_row: what is kept of every row beside the class rows, see :meth:`keep_by_row`.
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
@@ -97,7 +98,7 @@ class Method:
             self.learned.add_module(name, module)
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
-        self._by_row: list[ByRow] = []
+        self.by_row: list[ByRow] = []
         self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
@@ -219,7 +220,7 @@ class Method:
             part: a module.
         """
         self.learned.add_module(name, part)
-        self._by_row.append(part)
+        self.by_row.append(part)
 
     def attach(self, first: int | None, projections: str, make: Callable[[int, int], nn.Module]) -> None:
         """Puts an update beside the qkv projection of each adapted layer.
@@ -257,7 +258,7 @@ class Method:
         self.orthogonal_norm = sum(moved) / len(moved) if moved else None
 
     @torch.no_grad()
-    def logits(self, images: Tensor, *, cached: bool = True) -> Readout:
+    def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
@@ -268,14 +269,14 @@ class Method:
         with self.context.reading(), self._computing.holding(not cached):
             encoding = self.encode(images)
         logits = self.head_logits(encoding)
-        log_q, familiarity = self.rows.readout(encoding.features)
+        log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
         log_task = self.task_posterior(encoding, log_q)
         calibrated = None
         if config.calibration != "none":
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
-        return Readout(
+        return BatchOutputs(
             logits.log_softmax(1),
             calibrated,
             log_task,
@@ -295,7 +296,7 @@ class Method:
             kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
         """
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
-        for part in self._by_row:
+        for part in self.by_row:
             part.forget(stays)
         self.heads.forget(task, kept)
         self.rows.forget(task, kept)
@@ -326,34 +327,32 @@ class Method:
             raise ValueError(str(error)) from error
         self.restored()
 
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Describes a saved state: what it holds beside the projections of the adapted layers.
+
+        Args:
+            config: the model's configuration.
+            tensors: the saved state.
+        """
+        return []
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """In a word, the part of a saved state that a tensor belongs to."""
+        part = name.split(".")[0]
+        return {"rows": "class rows"}.get(part, part)
+
     def restored(self) -> None:
         """After a load: what follows from the learned state and is not saved."""
         for wrapper in self.beside.values():
             wrapper.merge()
 
-    @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """Fills a new method with random numbers of the shapes that learning these tasks would leave.
-
-        For measurements: what a pass costs depends on how much has been learned, not on what. The state can
-        be saved, loaded and trained on like any other.
-        """
-        for task in tasks:
-            self.heads.open(len(task.classes), self.generator(task.index))
-            self.pretend(task.index)
-        self.heads.requires_grad_(False)
-        generator = self.generator(len(tasks), "measured rows")
-        self.rows.simulate([len(task.classes) for task in tasks], generator)
-        for part in self._by_row:
-            part.simulate(sum(len(task.classes) for task in tasks))
-        for parameter in self.adapters.parameters():
-            if not parameter.any():  # what starts at zero would be moved by training
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        for wrapper in self.beside.values():
-            wrapper.merge()
+        """For measurements: random numbers for what is learned beside heads, rows and adapters."""
 
     def pretend(self, task: int) -> None:
-        """As :meth:`grow` for :meth:`simulate`; a method may draw what takes long in a shorter way."""
+        """As :meth:`grow`, for measurements; a method may draw what takes long in a shorter way."""
         self.grow(task)
 
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:

@@ -140,7 +140,6 @@ class CoLoR(Method):
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With random centres."""
-        super().simulate(tasks)
         counts = [2 * len(t.classes) if self.config.centres is None else self.config.centres for t in tasks]
         width, generator = self.backbone.feature_dim, self.generator(0, "measurement")
         task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))

@@ -23,7 +23,7 @@ class MethodConfig:
         optimizer: adam, adamw, or sgd with momentum .9.
         schedule: of the learning rates over a task: one cosine to zero, or none.
         weight_decay: of everything that is trained, as the optimizer has it.
-        calibration: how the calibrated readout joins heads, class model and task identity.
+        calibration: how the calibrated readout joins heads, class statistics and task identity.
         tau: weight of the task posterior with ``calibration="task"``.
     """
 

@@ -7,7 +7,8 @@ paper's and what is ours stands in ``docs/method.md``, section by section in the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
@@ -25,7 +26,7 @@ from duallora.errors import DualLoRAError
 from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
-from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
+from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
 
@@ -264,6 +265,30 @@ class DualLoRA(Method):
 
     # -- state -----------------------------------------------------------------------------------------------
 
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Adapters and ``Phi`` of every layer and group."""
+        found: dict[Place, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, layer, group, rest = name.split(".", 3)
+                found[int(layer), group][rest] = tensor
+        return [
+            AdaptedPlace(
+                layer,
+                group,
+                *saved_ranks(own),
+                own["sizes"].tolist(),
+                own["phi"].shape[0] - own["phi"].shape[1],
+            )
+            for (layer, group), own in sorted(found.items())
+        ]
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """Orthogonal and residual adapters, bases and the gate beside what every method has."""
+        return part_of_place(name.split(".", 3)[3]) if name.startswith("layers.") else super().part_of(name)
+
     def restored(self) -> None:
         """Merges the updates; the gate knows as many tasks as there are heads."""
         super().restored()
@@ -277,7 +302,6 @@ class DualLoRA(Method):
 
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
-        super().simulate(tasks)
         config, generator = self.config, self.generator(0, "measurement")
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
@@ -326,7 +350,7 @@ class DualLoRA(Method):
         """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
         by_layer = {layer: block for (layer, _), block in blocks.items()}
         for layer, point in self.memory.points.items():
-            point.observe(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
+            point.learn(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Readout:
+class BatchOutputs:
     """What a method says of a batch: n images, R rows in the order of the tasks, T tasks; fp32 logs.
 
     Attributes:
@@ -67,3 +67,24 @@ class Readout:
     familiarity: Tensor
     gate: Tensor | None
     features: Tensor
+
+
+@dataclass(frozen=True)
+class AdaptedPlace:
+    """What a saved model holds beside some projections of one layer.
+
+    Attributes:
+        layer: index of the block.
+        projections: over ``q``, ``k`` and ``v``.
+        rank: of the update that is added to the frozen weight.
+        residual_ranks: of the residual adapters, one each.
+        bases: directions that each task added to those that are protected.
+        free: directions that no task uses; None without a basis.
+    """
+
+    layer: int
+    projections: str
+    rank: int
+    residual_ranks: list[int]
+    bases: list[int]
+    free: int | None

@@ -87,7 +87,6 @@ class RanPAC(Method):
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With a random solution of the regression."""
-        super().simulate(tasks)
         self.ridge.simulate([len(task.classes) for task in tasks], self.generator(0, "measurement"))
 
     def head_logits(self, encoding: Encoding) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +135,7 @@ class SoRA(Method):
             update.prune()
         super().consolidate(task, loader)
 
-    @torch.no_grad()
-    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """With all ranks open, the most that can be left."""
+    def pretend(self, task: int) -> None:
+        """All ranks open, the most that can be left."""
         for update in self.updates:
             update.open(self.config.rank, self.generator(0, "measurement"))
-        super().simulate(tasks)
