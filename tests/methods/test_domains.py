@@ -39,7 +39,7 @@ def test_a_known_domain_is_joined_and_an_unknown_one_is_opened() -> None:
     tasks = one_domain()
     far = Patterns(["gnu", "hen"], 8, 5)
     learner = learned([*tasks[:2], far])
-    assert learner.method.memory.uses == [0, 0, 2]  # type: ignore[attr-defined]
+    assert learner.method.memory.domains.uses == [0, 0, 2]  # type: ignore[attr-defined]
     assert residuals(learner) == {0, 2}
     for module in learner.method.adapted.values():  # type: ignore[attr-defined]
         for group in module.groups.values():
@@ -63,14 +63,14 @@ def test_the_threshold_decides(known_domain: float, uses: list[int]) -> None:
         for seed, names in enumerate((["ant", "bee"], ["cat", "dog"], ["elk", "fox"]))
     ]
     learner = learned(tasks, known_domain=known_domain)
-    assert learner.method.memory.uses == uses  # type: ignore[attr-defined]
+    assert learner.method.memory.domains.uses == uses  # type: ignore[attr-defined]
     assert residuals(learner) == set(uses)
 
 
 def test_a_task_does_not_join_a_domain_that_nothing_was_trained_in() -> None:
     single = Patterns(["ant"], 8, 0)
     learner = learned([single, *one_domain()[1:]], known_domain=0.0)
-    assert learner.method.memory.uses == [0, 1, 1]  # type: ignore[attr-defined]
+    assert learner.method.memory.domains.uses == [0, 1, 1]  # type: ignore[attr-defined]
 
 
 def test_the_adapter_of_a_domain_goes_with_the_last_task_that_uses_it() -> None:
@@ -81,7 +81,7 @@ def test_the_adapter_of_a_domain_goes_with_the_last_task_that_uses_it() -> None:
     learner.forget(task="task 2")
     learner.forget(task="task 3")
     assert residuals(learner) == {0}  # the fourth task is in the domain too
-    assert learner.method.memory.uses == [0, 0, 0, 0]  # type: ignore[attr-defined]
+    assert learner.method.memory.domains.uses == [0, 0, 0, 0]  # type: ignore[attr-defined]
 
 
 def test_a_domain_without_tasks_has_no_adapter() -> None:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint, part
-from duallora.adapters.inject import wrap_attention
+from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
+from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
+from duallora.storage.learned import SideBySide
 
 # A domain's first task may change all that its images show, which O may not: it learns so much faster.
 RESIDUAL_RATE = 4.0
@@ -34,13 +38,13 @@ Place = tuple[int, str]  # (layer, group of projections that share a second mome
 
 
 @dataclass(frozen=True)
-class DualLoRAConfig(MethodConfig):
+class DualLoRAConfig(AdapterFields, MethodConfig):
     """Fields of DualLoRA; the first value of a choice is the default.
 
     Attributes:
+        head_learning_rate: learning rate of the heads, which begin as the classifiers of the rows.
         rank: r, rank of the orthogonal adapter.
         residual_rank: r_R, rank of the residual adapter.
-        projections: which of q, k and v are adapted.
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
         orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
@@ -50,17 +54,14 @@ class DualLoRAConfig(MethodConfig):
             task does.
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
-        first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
         top_tasks: most residual adapters that act on one image.
-        learning_rate: learning rate of the adapters; four times that for a residual adapter of a domain.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
     head_learning_rate: float = 1e-3
-    rank: int = 20
+    projections: Literal["kv", "qv", "qkv"] = "qkv"
     residual_rank: int = 48
-    projections: Literal["qkv", "kv", "qv"] = "qkv"
     moments: Literal["tokens", "class_token"] = "tokens"
     orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
@@ -68,9 +69,7 @@ class DualLoRAConfig(MethodConfig):
     known_domain: float = 0.25
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
-    first_adapted_layer: int | None = None
     top_tasks: int = 4
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses combinations that contradict each other.
@@ -108,8 +107,10 @@ class DualLoRA(Method):
     imprinted: ClassVar[bool] = True
     config: DualLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: DualLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: DualLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         check_moments(backbone, config.moments)
         layers = adapted_layers(backbone, config.first_adapted_layer)
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
@@ -124,6 +125,14 @@ class DualLoRA(Method):
         if config.residual != "none" or self.memory.points:
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
+        layers_of = nn.ModuleDict()
+        for layer, module in self.adapted.items():
+            places = {g: SideBySide(module.groups[g], self.subspaces[layer, g]) for g in groups}
+            layers_of[str(layer)] = nn.ModuleDict(places)
+        self.learned.add_module("layers", layers_of)
+        points = {str(layer): point for layer, point in self.memory.points.items()}
+        self.learned.add_module("gate", nn.ModuleDict(points))
+        self.learned.add_module("domains", self.memory.domains)
         self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
 
     # -- before the task -------------------------------------------------------------------------------------
@@ -135,8 +144,8 @@ class DualLoRA(Method):
         adapted = {
             part.task for m in self.adapted.values() for g in m.groups.values() for part in g.residuals
         }
-        threshold = self.config.known_domain if self._by_domain else math.inf
-        self.memory.join(task.index, seen.gate, threshold, adapted)
+        known = self.config.known_domain if self._by_domain else math.inf
+        self.memory.join(task.index, seen.gate, known, adapted)
         self.imprint(task, seen.features, seen.labels)
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
@@ -149,7 +158,7 @@ class DualLoRA(Method):
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
         config = self.config
         free = subspace.design(moment)
-        own = self.memory.uses[task.index] == task.index
+        own = self.memory.domains.uses[task.index] == task.index
         # The first task of a domain writes into its domain alone, the others into what all share.
         a = free[:, : 0 if own and self._by_domain else config.rank]
         if config.rank and not free.shape[1]:
@@ -176,9 +185,7 @@ class DualLoRA(Method):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """B_t, C_t (and A_t if it is trained) beside the head."""
-        named = [
-            (name, p) for m in self.adapted.values() for name, p in m.named_parameters() if p.requires_grad
-        ]
+        named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
         rate = self.config.learning_rate
         residual = [p for name, p in named if name.endswith(".c")]
         orthogonal = [p for name, p in named if not name.endswith(".c")]
@@ -187,10 +194,11 @@ class DualLoRA(Method):
             groups.append({"params": residual, "lr": rate * (RESIDUAL_RATE if self._by_domain else 1.0)})
         return groups
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
-        with self.memory.own_images(batch.labels, batch.indices):
-            return super().loss(batch)
+        with self.context.autocast():
+            features = self.encode(batch.images, (batch.labels, batch.indices)).features
+        return F.cross_entropy(self.heads.current(features), batch.labels)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -241,17 +249,30 @@ class DualLoRA(Method):
 
     # -- readouts --------------------------------------------------------------------------------------------
 
-    def task_posterior(self, log_q: Tensor) -> Tensor:
+    def encode(self, images: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Encoding:
+        """A forward pass with the gate's weights.
+
+        Args:
+            images: (n, 3, H, W).
+            own: labels and indices (n,) of images of the current task: each is left out of its own gate row.
+        """
+        with self.memory.reading(own) as seen:
+            features = self.backbone(images).float()
+        gate = None if self.config.residual == "none" else seen.mean_weights
+        gate = gate if gate is None else gate[:, self.memory.domains.uses]
+        return Encoding(features, gate, seen.features)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features (n, row_dim) of images that may be of any task."""
+        return self.encode(images).features
+
+    def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
         """From the rows on the final feature; by energy with ``calibration="task"`` from the gate's."""
         if self.config.relevance == "energy" and self.config.calibration == "task":
             layer, point = next(iter(self.memory.points.items()))
             if point.energy is not None:
-                return point.energy.log_posterior(self.memory.features[layer])
-        return super().task_posterior(log_q)
-
-    def gate_weights(self) -> Tensor | None:
-        """Weights of the residual adapters in the latest pass (n, T)."""
-        return None if self.config.residual == "none" else self.memory.mean_weights()
+                return point.energy.log_posterior(encoding.gate_features[layer])
+        return super().task_posterior(encoding, log_q)
 
     # -- forgetting ------------------------------------------------------------------------------------------
 
@@ -266,7 +287,7 @@ class DualLoRA(Method):
         for point in self.memory.points.values():
             point.forget(task, kept)
         if not bool(kept.any()):
-            uses, left = self.memory.uses, set(self.rows.task.tolist())
+            uses, left = self.memory.domains.uses, set(self.rows.task.tolist())
             shared = any(uses[other] == uses[task] for other in left)
             for module in self.adapted.values():
                 module.forget(task, None if shared else uses[task])
@@ -274,33 +295,37 @@ class DualLoRA(Method):
 
     # -- state -----------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Updates, bases, subspaces, gate points, heads and rows."""
-        tensors = super().state()
-        for (layer, group), subspace in self.subspaces.items():
-            place = f"layers.{layer}.{group}"
-            tensors |= {f"{place}.{name}": x for name, x in self.adapted[layer].groups[group].state().items()}
-            tensors[f"{place}.phi"] = subspace.phi
-            tensors[f"{place}.sizes"] = torch.tensor(subspace.sizes, dtype=torch.long)
-        for layer, point in self.memory.points.items():
-            tensors |= {f"gate.{layer}.{name}": x for name, x in point.state().items()}
-        if self.memory.uses != list(range(len(self.memory.uses))):
-            tensors["uses"] = torch.tensor(self.memory.uses)
-        return tensors
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Adapters and ``Phi`` of every layer and group."""
+        found: dict[Place, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, layer, group, rest = name.split(".", 3)
+                found[int(layer), group][rest] = tensor
+        return [
+            AdaptedPlace(
+                layer,
+                group,
+                *saved_ranks(own),
+                own["sizes"].tolist(),
+                own["phi"].shape[0] - own["phi"].shape[1],
+            )
+            for (layer, group), own in sorted(found.items())
+        ]
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        for (layer, group), subspace in self.subspaces.items():
-            own = part(tensors, f"layers.{layer}.{group}")
-            subspace.phi, subspace.sizes = own["phi"].cpu(), own["sizes"].tolist()
-            self.adapted[layer].groups[group].load_state({name: x.to(self.device) for name, x in own.items()})
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """Orthogonal and residual adapters, bases and the gate beside what every method has."""
+        return part_of_place(name.split(".", 3)[3]) if name.startswith("layers.") else super().part_of(name)
+
+    def restored(self) -> None:
+        """Merges the updates; the gate knows as many tasks as there are heads."""
+        super().restored()
         for module in self.adapted.values():
             module.refresh()
-        for layer, point in self.memory.points.items():
-            point.load_state(part(tensors, f"gate.{layer}"))
         self.memory.tasks = len(self.heads.tasks)
-        self.memory.uses = tensors["uses"].tolist() if "uses" in tensors else list(range(self.memory.tasks))
+        self.memory.domains.restored(self.memory.tasks)
 
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
@@ -308,22 +333,22 @@ class DualLoRA(Method):
 
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
-        super().simulate(tasks)
-        self.memory.uses = [0 if self._by_domain else task.index for task in tasks]
-        config, generator = self.config, self.generator(0, purpose=8)
+        config, generator = self.config, self.generator(0, "measurement")
+        self.memory.domains.note([0 if self._by_domain else task.index for task in tasks])
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
             module = self.adapted[layer]
             for task in tasks:
                 basis = random_basis(module.dim, config.rank + wide, generator).float().to(self.device)
                 a, psi = basis[:, : config.rank].contiguous(), basis[:, config.rank :].contiguous()
-                own = self.memory.uses[task.index] == task.index
+                own = self.memory.domains.uses[task.index] == task.index
                 a, psi = a[:, : 0 if own and self._by_domain else None], psi[:, : None if own else 0]
                 module.groups[group].simulate(task.index, a, psi, generator)
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
             subspace.phi = random_basis(module.dim, columns, generator)
-            subspace.sizes = [len(share) for share in torch.arange(columns).tensor_split(max(len(tasks), 1))]
+            shares = torch.arange(columns).tensor_split(max(len(tasks), 1))
+            subspace.sizes = torch.tensor([len(share) for share in shares])
         for module in self.adapted.values():
             module.refresh()
         for point in self.memory.points.values():
@@ -365,7 +390,7 @@ class DualLoRA(Method):
         """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
         by_layer = {layer: block for (layer, _), block in blocks.items()}
         for layer, point in self.memory.points.items():
-            point.observe(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
+            point.learn(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()
@@ -381,11 +406,12 @@ class DualLoRA(Method):
         gathered: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.points}
         with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
             for batch in loader():
-                with self.memory.own_images(batch.labels, batch.indices) if own else nullcontext():
-                    features.append(self.features(batch.images))
+                with self.context.autocast():
+                    seen = self.encode(batch.images, (batch.labels, batch.indices) if own else None)
+                features.append(seen.features)
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
-                    found.append(self.memory.features[layer])
+                    found.append(seen.gate_features[layer])
         gate = {layer: parallel.gather(torch.cat(found)) for layer, found in gathered.items()}
         joined = (parallel.gather(torch.cat(parts)) for parts in (features, labels))
         return _Seen(moments, gate, *joined)

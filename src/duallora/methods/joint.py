@@ -5,28 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Loader, TaskInfo
 
 
 @dataclass(frozen=True)
-class JointConfig(MethodConfig):
-    """Fields of joint training.
-
-    Attributes:
-        rank: r, rank of the adapter.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
-    """
+class JointConfig(AdapterFields, MethodConfig):
+    """Fields of joint training: those of every adapter."""
 
     head_learning_rate: float = 1e-3
-    rank: int = 20
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class Joint(Method):
@@ -42,14 +32,11 @@ class Joint(Method):
     imprinted: ClassVar[bool] = True
     config: JointConfig
 
-    def __init__(self, backbone: Backbone, config: JointConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        generator = self.generator(0, purpose=1)
-        self.attach(
-            config.first_adapted_layer,
-            config.projections,
-            lambda dim, out: LowRank(dim, out, config.rank, generator),
-        )
+    def __init__(
+        self, backbone: Backbone, config: JointConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        self.attach_lora(config)
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass: the head starts as the classifier of the rows."""
