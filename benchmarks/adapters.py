@@ -5,8 +5,8 @@
 
 DATA holds the folders ``gtsrb``, ``seedlings`` and ``tinyimagenet-cl100``, each with ``train/<class>/`` and
 ``val/<class>/``. Every ``benchmarks/adapters/NAME.yaml`` is an experiment: the fields of a method, the
-streams it is run on, how many seeds, and what is measured: ``val``, or ``held_back`` for training images of each
-class that follow the ones learned. A run is ``OUT/NAME-STREAM-SEED.json``; one that is there is not repeated.
+streams it is run on, how many seeds, and what is measured: ``val``, or ``held_back`` for training images of
+each class that follow the ones learned. A run is ``OUT/NAME-STREAM-SEED.json``; what is there is not repeated.
 Runs come in the order of ORDER, all of seed 0 first. Started twice, the command shares the work: a run is
 claimed by an empty file ``.claimed``, to be deleted where a run was interrupted.
 """
@@ -30,7 +30,7 @@ from adapters_tables import write_tables
 from duallora import load_backbone
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS
-from duallora.metrics import calibration_error
+from duallora.predictions import calibration_error
 from duallora.storage.atomic import write_atomic
 from duallora.streams import FolderDataset, Stream, Task, TaskDataset, all_at_once, split, with_domains
 
@@ -85,13 +85,14 @@ class Study:
         self.tasks = all_at_once(stream) if self.method.all_at_once else stream
         self.tests = [self._tensors(task.test) for task in stream]
         self.read = torch.zeros(0)
-        extract = self.method.extract
+        encode = self.method.encode
 
-        def remembering(images: Tensor) -> Tensor:
-            self.read = extract(images)
-            return self.read
+        def remembering(images: Tensor, *own: Any) -> Any:
+            encoding = encode(images, *own)
+            self.read = encoding.features
+            return encoding
 
-        self.method.extract = remembering  # type: ignore[method-assign]
+        self.method.encode = remembering  # type: ignore[method-assign]
 
     def run(self) -> dict[str, Any]:
         """Figures by readout, in percent; the calibration error as a share."""
@@ -113,7 +114,7 @@ class Study:
                 lost = [100 * (a[name] - f["given task"][name]) for a, f in zip(after, final, strict=True)]
                 found[name]["forgetting_given_task"] = sum(lost[:-1]) / max(len(lost) - 1, 1)
         memory = getattr(self.method, "memory", None)
-        domain = None if memory is None else memory.uses
+        domain = None if memory is None else memory.domains.uses
         return {
             "readouts": found,
             "uses": domain,

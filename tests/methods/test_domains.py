@@ -23,7 +23,7 @@ def one_domain() -> list[Patterns]:
 
 
 def learned(tasks: list[Patterns], **changes: Any) -> ContinualLearner:
-    learner = new_learner(small_config(residual="own", **changes), depth=DEPTH)
+    learner = new_learner(small_config(residual="own", **({"known_domain": 0.25} | changes)), depth=DEPTH)
     for task in tasks:
         learner.learn(task)
     return learner

@@ -71,7 +71,7 @@ class DualAdapter(Learned):
     def __init__(self, dim: int, out: int, device: torch.device = CPU) -> None:
         super().__init__(device)
         self.dim, self.out = dim, out
-        self.a: nn.Parameter | None = None  # A_t (d x r): fixed unless the update is projected
+        self.a: nn.Parameter | None = None  # A_t (d x r): fixed
         self.b: nn.Parameter | None = None  # B_t (r x out)
         self.orthogonal = Factors(device)
         self.dense: Tensor | None  # their sum (d x out, fp32), once the factors would be larger
@@ -99,14 +99,14 @@ class DualAdapter(Learned):
         """Residual adapters of the finished tasks."""
         return [Residual(task, psi, c) for task, (psi, c) in self.residual.groups()]
 
-    def begin(self, task: int, a: Tensor, psi: Tensor, train_a: bool = False) -> None:
+    def begin(self, task: int, a: Tensor, psi: Tensor) -> None:
         """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); empty ones are left out.
 
         B_t and C_t start at zero.
         """
         self.current = task
         if a.shape[1]:
-            self.a = nn.Parameter(a, requires_grad=train_a)
+            self.a = nn.Parameter(a, requires_grad=False)
             self.b = nn.Parameter(a.new_zeros(a.shape[1], self.out))
         if psi.shape[1]:
             self.psi = psi

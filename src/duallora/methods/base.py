@@ -108,10 +108,7 @@ class Method:
 
     @property
     def realigned(self) -> bool:
-        """Whether heads answer with what training changed, on top of the class rows as they are now.
-
-        A head began as the classifier of its rows under the covariance of its time, which later tasks change.
-        """
+        """Whether heads answer with what training changed, on top of the class rows as they are now."""
         return 0 < len(self.heads.tasks) == len(self.starts.tasks)
 
     @property
@@ -291,7 +288,7 @@ class Method:
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
-        if self.realigned:
+        if self.realigned:  # they began under the covariance of their time, which later tasks change
             logits = log_q + logits - self.starts(encoding.features)
         return BatchOutputs(
             logits.log_softmax(1),

@@ -12,6 +12,10 @@ ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay", "min_steps"})
 """Fields that came after the first published results, which were made at what is the default."""
 
 
+RETIRED_FIELDS = frozenset({"orthogonal_update"})
+"""Fields of models saved earlier that said how a task was trained, and say nothing of what was learned."""
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """Fields that every method has.

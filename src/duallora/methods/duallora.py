@@ -46,7 +46,6 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
         rank: r, rank of the orthogonal adapter.
         residual_rank: r_R, rank of the residual adapter.
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
-        orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from; with none, all is left to O.
         known_domain: mean familiarity of a task's images at the gate from which on they are of a known
@@ -63,7 +62,6 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
     projections: Literal["kv", "qv", "qkv"] = "qkv"
     residual_rank: int = 48
     moments: Literal["tokens", "class_token"] = "tokens"
-    orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
     residual: Literal["own", "next", "protected", "none"] = "own"
     known_domain: float = 0.25
@@ -133,7 +131,6 @@ class DualLoRA(Method):
         points = {str(layer): point for layer, point in self.memory.points.items()}
         self.learned.add_module("gate", nn.ModuleDict(points))
         self.learned.add_module("domains", self.memory.domains)
-        self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
 
     # -- before the task -------------------------------------------------------------------------------------
 
@@ -175,16 +172,13 @@ class DualLoRA(Method):
             "none": lambda: free[:, :0],
         }
         psi = candidates[config.residual]()[:, : config.residual_rank if own else 0]
-        projected = config.orthogonal_update == "projected"
-        if projected:
-            self._taken[place] = subspace.joined(psi).float().to(self.device)
         a, psi = (basis.float().to(self.device) for basis in (a * DESIGNED_SCALE, psi))
-        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, train_a=projected)
+        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi)
 
     # -- during the task -------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """B_t, C_t (and A_t if it is trained) beside the head."""
+        """B_t and C_t beside the head."""
         named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
         rate = self.config.learning_rate
         residual = [p for name, p in named if name.endswith(".c")]
@@ -200,16 +194,6 @@ class DualLoRA(Method):
             features = self.encode(batch.images, (batch.labels, batch.indices)).features
         return F.cross_entropy(self.heads.current(features), batch.labels)
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Projected update: takes the parameter A_t off ``[Phi, Psi_t]``, which Adam's step leaves."""
-        if self.config.orthogonal_update == "designed":
-            return
-        for (layer, group), taken in self._taken.items():
-            a = self.adapted[layer].groups[group].a
-            if a is not None:
-                a.sub_(taken @ (taken.T @ a))
-
     # -- after the task --------------------------------------------------------------------------------------
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
@@ -223,7 +207,6 @@ class DualLoRA(Method):
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
         self.remember(task, seen.features, seen.labels)
-        self._taken = {}
         self.memory.release()
 
     @torch.no_grad()
