@@ -19,7 +19,7 @@ from app_tools import ARGUMENTS, CHROMIUM, NO_CHROMIUM, files_below, running_app
 from command_line import images
 from playwright import sync_api
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 HOSTILE = '<img src=x onerror="document.title=1">${1+1}'
 LONG = 180_000  # ms

@@ -155,6 +155,7 @@ def compiler() -> Any:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no direction is left")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_compiles_in_one_piece(

@@ -430,7 +430,7 @@ def test_the_embedded_backbone_is_named_as_small(capsys: pytest.CaptureFixture[s
 def test_a_final_feature_other_than_the_class_token_is_said(
     call: Call, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: bool
 ) -> None:
-    for module in ("learner", "backbones"):
+    for module in ("learner", "backbones.backbone"):
         monkeypatch.setattr(f"duallora.{module}.load_backbone", lambda *_: tiny_backbone(family))
     learned = call("learn", tmp_path / "model", pets, "--epochs", 1)
     small = ["--classes", 2, "--tasks", 1, "--train-per-class", 4, "--holdout", 2, "--epochs", 1]
@@ -622,6 +622,7 @@ def _duallora(*words: object, entry: str = ENTRY, **settings: Any) -> subprocess
     return subprocess.Popen(command, text=True, **(pipes | settings))
 
 
+@pytest.mark.process
 def test_the_console_entry_teaches_and_predicts(tmp_path: Path) -> None:
     folder = images(tmp_path / "pets", ["cat", "dog"], 3)
     taught = _duallora("learn", tmp_path / "model", folder, "--epochs", 1)
@@ -633,10 +634,11 @@ def test_the_console_entry_teaches_and_predicts(tmp_path: Path) -> None:
     assert asked.returncode == 0
 
 
+@pytest.mark.process
 def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     folder = images(tmp_path / "pets", ["cat", "dog"], 3)
     entry = (
-        "from duallora import progress; progress._SILENCE = -1; "
+        "from duallora.runtime import progress; progress._SILENCE = -1; "
         "from duallora.cli import main; raise SystemExit(main())"
     )
     words = ["learn", tmp_path / "model", folder, "--epochs", 100_000]
@@ -654,6 +656,7 @@ def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path)
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.process
 def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Killed at a random moment of the lesson, then just after the first change of the folder."""
     call = caller(capsys)
@@ -695,6 +698,7 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
+@pytest.mark.process
 def test_a_closed_pipe_is_no_error_to_talk_about() -> None:
     reader, writer = os.pipe()
     os.close(reader)  # before anything can be written

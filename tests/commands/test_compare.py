@@ -630,6 +630,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Called]:
     return folder, Called(code, "", "")
 
 
+@pytest.mark.process
 def test_runs_are_processes_of_their_own(real: tuple[Path, Called]) -> None:
     folder, called = real
     out = folder / "out"

@@ -14,6 +14,8 @@ from duallora.bench.startup import startup
 from duallora.bench.synthetic import simulated_learner
 from duallora.methods import METHODS
 
+pytestmark = pytest.mark.process
+
 _PREDICTION = """
 import sys, torch
 from duallora import ContinualLearner
