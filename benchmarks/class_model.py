@@ -88,7 +88,7 @@ class Stream:
         for t, (f, task) in enumerate(zip(self.train, self.tasks, strict=True)):
             y = torch.tensor(task.train.targets)
             rows.replace(t, ClassMoments.of(f[:, columns], y, len(task.train.classes)))
-            rows.fit(t, f[:, columns], y)
+            rows.fit_temperature(t, f[:, columns], y)
         return rows.log_q(self.test[:, columns])
 
     def ridge(self, columns: slice) -> Tensor:

@@ -53,7 +53,7 @@ def test_every_row_has_its_own_covariance() -> None:
     assert_close(model.mean[4], features[20] + 1)
     assert not model.covariance[4].any(), "one image says nothing of the spread"
     other = Gaussians(DIM)
-    other.load_state(model.state())
+    other.load_state_dict(model.state_dict())
     assert torch.equal(other.covariance, model.covariance) and torch.equal(other.mean, model.mean)
 
 

@@ -116,7 +116,7 @@ def learned(tasks: list[tuple[Tensor, Tensor]]) -> RowMemory:
     memory = RowMemory(tasks[0][0].shape[1], CPU)
     for task, (features, labels) in enumerate(tasks):
         memory.replace(task, ClassMoments.of(features, labels, int(labels.max()) + 1))
-        memory.fit(task, features, labels)
+        memory.fit_temperature(task, features, labels)
     return memory
 
 
@@ -334,7 +334,7 @@ def test_temperature_losses_equal_the_formula_and_add_up_over_tasks() -> None:
     for task, (features, labels) in enumerate(tasks):
         memory.replace(task, ClassMoments.of(features, labels, int(labels.max()) + 1))
         earlier = {t: losses.clone() for t, losses in memory.losses.items()}
-        memory.fit(task, features, labels)
+        memory.fit_temperature(task, features, labels)
         expected = torch.tensor(Naive(tasks[: task + 1]).losses(task), dtype=torch.float64)
         near(memory.losses[task], expected, rtol=1e-3, atol=1e-3)
         assert all(torch.equal(memory.losses[t], losses) for t, losses in earlier.items()), "never recomputed"
@@ -349,7 +349,9 @@ def test_equal_losses_take_the_largest_temperature() -> None:
     assert not bool(memory.losses[0].any()), "one row explains everything at any temperature"
     assert memory.kappa == pytest.approx(1.0)
     equal = torch.tensor([3.0, 1.0, 2.0, 1.0, *[5.0] * 16], dtype=torch.float64)
-    memory.load_state(memory.state() | {"fit.0": torch.cat([equal, torch.ones(2, dtype=torch.float64)])})
+    memory.load_state_dict(
+        memory.state_dict() | {"fit.0": torch.cat([equal, torch.ones(2, dtype=torch.float64)])}
+    )
     assert memory.kappa == pytest.approx(float(KAPPAS[3]))
 
 
@@ -357,13 +359,13 @@ def test_rows_of_a_second_pass_replace_those_of_the_first(tasks: list[tuple[Tens
     memory, plain = learned(tasks[:2]), learned(tasks[:2])
     features, labels = tasks[2]
     memory.replace(2, ClassMoments.of(features + 3, labels, 4))
-    memory.fit(2, features + 3, labels)
+    memory.fit_temperature(2, features + 3, labels)
     for target in (memory, plain):
         target.replace(2, ClassMoments.of(features, labels, 4))
-        target.fit(2, features, labels)
-    assert memory.state().keys() == plain.state().keys()
-    for name, tensor in plain.state().items():
-        assert torch.equal(memory.state()[name], tensor), name
+        target.fit_temperature(2, features, labels)
+    assert memory.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(memory.state_dict()[name], tensor), name
 
 
 # -- familiarity ---------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ def test_new_rows_join_unmoved_after_a_move(tasks: list[tuple[Tensor, Tensor]]) 
 
 def test_state_restores_scores_temperature_and_familiarity(memory: RowMemory) -> None:
     other = RowMemory(DIM, CPU)
-    other.load_state({name: x.clone() for name, x in memory.state().items()})
+    other.load_state_dict({name: x.clone() for name, x in memory.state_dict().items()})
     probes = torch.randn(8, DIM)
     assert other.kappa == memory.kappa and other.distances == memory.distances
     assert torch.equal(other.log_q(probes), memory.log_q(probes))
@@ -454,13 +456,13 @@ def test_state_restores_scores_temperature_and_familiarity(memory: RowMemory) ->
 
 def test_learning_goes_on_after_a_load_as_without(tasks: list[tuple[Tensor, Tensor]]) -> None:
     through, straight = RowMemory(DIM, CPU), learned(tasks)
-    through.load_state(learned(tasks[:2]).state())
+    through.load_state_dict(learned(tasks[:2]).state_dict())
     features, labels = tasks[2]
     for _ in range(2):  # the pass before and the pass after
         through.replace(2, ClassMoments.of(features, labels, 4))
-        through.fit(2, features, labels)
-    for name, tensor in straight.state().items():
-        assert torch.equal(through.state()[name], tensor), name
+        through.fit_temperature(2, features, labels)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(through.state_dict()[name], tensor), name
 
 
 # -- sums of probabilities -----------------------------------------------------------------------------------
@@ -494,7 +496,7 @@ def test_new_images_of_few_images_classes_are_familiar() -> None:
         memory = RowMemory(dim, CPU)
         seen = means[labels] + torch.randn(len(labels), dim, generator=generator)
         memory.replace(0, ClassMoments.of(seen, labels, 4))
-        memory.fit(0, seen, labels)
+        memory.fit_temperature(0, seen, labels)
         fresh = means.repeat(100, 1) + torch.randn(400, dim, generator=generator)
         assert 0.8 < float((memory.familiarity(fresh) >= 0.5).float().mean()) <= 1.0, per_class
         far = means.repeat(100, 1) + 3 * torch.randn(400, dim, generator=generator)

@@ -11,6 +11,7 @@ from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 
 from duallora import ContinualLearner
 from duallora.backbones.backbone import Backbone
+from duallora.methods import Encoding
 
 TASKS = three_tasks(20)
 
@@ -77,5 +78,5 @@ def test_features_of_the_outputs_are_the_final_ones_and_what_heads_read(name: st
     assert [head.in_features for head in method.heads.tasks] == [width] * 3
     other = features.clone()
     other[:, WIDTH:] = 7.0
-    same = torch.equal(method.head_logits(other), method.head_logits(features))
+    same = torch.equal(method.head_logits(Encoding(other)), method.head_logits(Encoding(features)))
     assert same != method.imprinted

@@ -29,7 +29,7 @@ def rows_of(*tasks: tuple[Tensor, Tensor]) -> RowMemory:
     rows = RowMemory(DIM, CPU)
     for task, (f, y) in enumerate(tasks):
         rows.replace(task, ClassMoments.of(f, y, int(y.max()) + 1))
-        rows.fit(task, f, y)
+        rows.fit_temperature(task, f, y)
     return rows
 
 

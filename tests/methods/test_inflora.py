@@ -228,7 +228,7 @@ def test_an_exhausted_complement_is_said_and_lived_with(monkeypatch: pytest.Monk
     learner = new_learner(small_config("inflora"))
     learner.learn(three_tasks()[0])
     for memory in learner.method.memory.values():
-        memory.basis, memory.retain = torch.zeros(WIDTH, 0, dtype=torch.float64), True
+        memory.basis, memory.retain = torch.zeros(WIDTH, 0, dtype=torch.float64), torch.tensor(1)
     before = learner.method.adapted[1].weight.clone()
     with pytest.warns(UserWarning, match="no direction is left"):
         record = learner.learn(three_tasks()[1])

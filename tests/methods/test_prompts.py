@@ -352,7 +352,7 @@ def test_coda_prompts_the_first_blocks() -> None:
     for layers, depth, expected in ((5, 2, [0, 1]), (1, 2, [0]), (5, 7, [0, 1, 2, 3, 4])):
         config = small_config("coda-prompt", layers=layers)
         method = ContinualLearner(tiny_backbone(depth=depth), config, device="cpu").method
-        assert list(method.prefixes) == list(method.backbone.plain_qkv) == expected
+        assert list(method.pools) == list(method.backbone.plain_qkv) == expected
 
 
 def test_coda_lengths_and_numbers() -> None:

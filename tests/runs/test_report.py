@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from duallora import metrics
-from duallora.metrics import Hits
 from duallora.runs import report
+from duallora.runs.metrics import Hits
 
 
 def make_results(names=("birds", "a|b"), calibrated=True):

@@ -24,6 +24,7 @@ def simulated_learner(
     classes: int = 10,
     *,
     device: str | Machine = "cpu",
+    exact_readouts: bool = True,
 ) -> ContinualLearner:
     """A learner as if it had learned so many tasks, filled with random bases, heads and rows.
 
@@ -35,11 +36,12 @@ def simulated_learner(
         tasks: T; a method that learns all tasks at once gets one with the classes of all. 0 leaves it new.
         classes: of each task.
         device: where it computes.
+        exact_readouts: as of :class:`ContinualLearner`.
 
     Returns:
         The learner; its tasks are named ``synthetic 1`` and so on.
     """
-    learner = ContinualLearner(backbone, config, device=device)
+    learner = ContinualLearner(backbone, config, device=device, exact_readouts=exact_readouts)
     if METHODS[method_name(config)].method.all_at_once and tasks:
         tasks, classes = 1, tasks * classes
     infos = [task_info(index, classes) for index in range(tasks)]

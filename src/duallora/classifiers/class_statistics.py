@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from duallora.classifiers.covariance import shrunk, whitening
+from duallora.storage.learned import ByTask, Learned
 
 KAPPAS = torch.logspace(-1.3010299956639813, 0, 20, dtype=torch.float64)  # .05 to 1
 _CHUNK = 4096  # features are merged in chunks of this many, so that fp64 copies stay small
@@ -77,7 +78,7 @@ class Own(NamedTuple):
     f0: Tensor
 
 
-class RowMemory:
+class RowMemory(Learned):
     """Gaussian rows at one feature point, with the temperature kappa and the distances of known images.
 
     Args:
@@ -85,24 +86,54 @@ class RowMemory:
         device: where scores are computed; the statistics stay on the CPU in fp64.
     """
 
+    optional: ClassVar[frozenset[str]] = frozenset({"forgotten"})
+
     def __init__(self, dim: int, device: torch.device) -> None:
-        self.dim, self.device = dim, device
-        self.task = torch.zeros(0, dtype=torch.long)
-        self.moments = ClassMoments.empty(0, dim)
-        self.losses: dict[int, Tensor] = {}  # loss of every kappa on each task's images, never recomputed
-        # (q95, standard deviation) of each task's own images
-        self.distances: dict[int, tuple[float, float]] = {}
+        super().__init__(device)
+        self.dim = dim
+        none = ClassMoments.empty(0, dim)
+        self.task: Tensor
+        self.register_buffer("task", torch.zeros(0, dtype=torch.long))
+        self.count: Tensor
+        self.register_buffer("count", none.count)
+        self.mean: Tensor
+        self.register_buffer("mean", none.mean)
+        self.scatter: Tensor
+        self.register_buffer("scatter", none.scatter)
+        # Tasks and degrees of freedom, where forgotten rows left more of them than the rows show.
+        self.forgotten: Tensor | None
+        self.register_buffer("forgotten", None)
+        # Of each task's own images: the loss of every kappa, never recomputed, then q95 and standard
+        # deviation of their distances.
+        self.fit = ByTask()
         self.tasks = 0  # learned so far, forgotten ones included
-        self._forgotten = 0.0  # degrees of freedom that forgotten rows left in the scatter
-        self._before = self.moments.scatter  # scatter without the latest task
-        # The temperature with the smallest loss summed over tasks; the largest among equals.
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+        self._lost = 0.0  # degrees of freedom that forgotten rows left in the scatter
+        self._before = none.scatter  # scatter without the latest task
+        self._update()
+
+    @property
+    def moments(self) -> ClassMoments:
+        """Count, mean and scatter of the rows."""
+        return ClassMoments(self.count, self.mean, self.scatter)
+
+    @moments.setter
+    def moments(self, new: ClassMoments) -> None:
+        self.count, self.mean, self.scatter = new.count, new.mean, new.scatter
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """Loss of every kappa on each task's own images."""
+        return {task: values[:-2] for task, values in self.fit.items()}
+
+    @property
+    def distances(self) -> dict[int, tuple[float, float]]:
+        """(q95, standard deviation) of the distances of each task's own images."""
+        return {task: (float(values[-2]), float(values[-1])) for task, values in self.fit.items()}
 
     @property
     def freedom(self) -> float:
         """Degrees of freedom of the pooled scatter, to which forgotten rows still count."""
-        return float(self.moments.count.sum()) - len(self.moments.count) + self._forgotten
+        return float(self.moments.count.sum()) - len(self.moments.count) + self._lost
 
     @property
     def reference(self) -> Tensor:
@@ -125,7 +156,7 @@ class RowMemory:
             torch.cat([count, new.count]), torch.cat([mean, new.mean]), self._before + new.scatter
         )
         self.tasks = task + 1
-        self._refresh()
+        self._update()
 
     def staying(self, task: int, kept: Tensor) -> Tensor:
         """Which of all rows stay (R,), where of those of ``task`` only ``kept`` (k,) do."""
@@ -143,16 +174,14 @@ class RowMemory:
             kept: which of its rows stay (k,), bool.
         """
         m, stays = self.moments, self.staying(task, kept)
-        self._forgotten += float((m.count[~stays] - 1).sum())
+        self._lost += float((m.count[~stays] - 1).sum())
         self.task = self.task[stays]
         self.moments = ClassMoments(m.count[stays], m.mean[stays], m.scatter)
         if not bool(kept.any()):
-            self.losses.pop(task, None)
-            self.distances.pop(task, None)
-            self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+            self.fit.discard(task)
+        self._update()
 
-    def fit(self, task: int, features: Tensor, labels: Tensor) -> None:
+    def fit_temperature(self, task: int, features: Tensor, labels: Tensor) -> None:
         """Stores kappa losses and distances of ``task`` from its images (n, d), against the present rows."""
         own = self.own(task, labels, features)
         scores, row = self.scores(features, own).cpu().double(), own.row.cpu()
@@ -160,16 +189,15 @@ class RowMemory:
         losses = [
             -(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()
         ]
-        self.losses[task] = torch.stack(losses)
-        self.kappa = best_kappa(KAPPAS, self.losses)
         nearest = self._unseen_distance(features, own)[counted].double()
         if len(nearest):
             spread = float(nearest.std(unbiased=False))
             q95 = float(nearest.quantile(0.95))
-            self.distances[task] = (q95, max(spread, 1e-3 * q95, 1e-12))
+            distance = (q95, max(spread, 1e-3 * q95, 1e-12))
         else:
             # No image to leave out: a Gaussian of d dimensions lies sqrt(d) +- 1/sqrt(2) from its mean.
-            self.distances[task] = (self.dim**0.5, 2**-0.5)
+            distance = (self.dim**0.5, 2**-0.5)
+        self.fit[task] = torch.cat([torch.stack(losses), torch.tensor(distance, dtype=torch.float64)])
         self._tabulate()
 
     def own(self, task: int, labels: Tensor, f0: Tensor) -> Own:
@@ -283,33 +311,7 @@ class RowMemory:
         mean = m.mean @ drift if mean is None else mean
         self.moments = ClassMoments(m.count, mean, drift.T @ m.scatter @ drift)
         self._before = drift.T @ self._before @ drift
-        self._refresh()
-
-    def state(self) -> dict[str, Tensor]:
-        """Statistics of all rows (fp64), kappa losses and distances of every task."""
-        m = self.moments
-        tensors = {"task": self.task, "count": m.count, "mean": m.mean, "scatter": m.scatter}
-        for task, losses in self.losses.items():
-            tensors[f"fit.{task}"] = torch.cat(
-                [losses, torch.tensor(self.distances[task], dtype=torch.float64)]
-            )
-        if self._forgotten or self.tasks != self._with_rows:
-            tensors["forgotten"] = torch.tensor([self.tasks, self._forgotten], dtype=torch.float64)
-        return tensors
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        self.task = tensors["task"].cpu()
-        self.moments = ClassMoments(tensors["count"].cpu(), tensors["mean"].cpu(), tensors["scatter"].cpu())
-        for name in sorted((n for n in tensors if n.startswith("fit.")), key=lambda n: int(n.split(".")[1])):
-            task, values = int(name.split(".")[1]), tensors[name].cpu()
-            self.losses[task] = values[:-2]
-            self.distances[task] = (float(values[-2]), float(values[-1]))
-        self.tasks = self._with_rows
-        if "forgotten" in tensors:
-            self.tasks, self._forgotten = int(tensors["forgotten"][0]), float(tensors["forgotten"][1])
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+        self._update()
 
     def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
         """Random rows in place of learned ones, for measurements; see :meth:`Method.simulate`.
@@ -327,10 +329,10 @@ class RowMemory:
             torch.eye(self.dim, dtype=torch.float64) * rows * (each - 1),
         )
         self._before = self.moments.scatter
-        self.losses = {t: torch.zeros_like(KAPPAS) for t in range(len(classes))}
-        self.distances = dict.fromkeys(self.losses, (self.dim**0.5, 2**-0.5))
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+        unknown = torch.tensor([self.dim**0.5, 2**-0.5], dtype=torch.float64)
+        for task in range(len(classes)):
+            self.fit[task] = torch.cat([torch.zeros_like(KAPPAS), unknown])
+        self._update()
 
     def whitened(self, f: Tensor) -> Tensor:
         """Features (n, d) in the coordinates ``z`` of this module, around the mean of the row means."""
@@ -343,14 +345,24 @@ class RowMemory:
         return nu
 
     def _tabulate(self) -> None:
-        """Lays (q95, standard deviation) out by task (T, 2), where scores are computed."""
-        unknown = (self.dim**0.5, 2**-0.5)
-        table = [self.distances.get(t, unknown) for t in range(self.tasks)]
+        """Chooses kappa, and lays (q95, standard deviation) out by task (T, 2), where scores are computed."""
+        # The temperature with the smallest loss summed over tasks; the largest among equals.
+        self.kappa = best_kappa(KAPPAS, self.losses)
+        unknown, known = (self.dim**0.5, 2**-0.5), self.distances
+        table = [known.get(t, unknown) for t in range(self.tasks)]
         self._table = torch.tensor(table, device=self.device).reshape(-1, 2)
 
-    def _refresh(self) -> None:
-        """Everything that scores need, on their device: called whenever rows change, never while scoring."""
+    def refresh(self) -> None:
+        """Everything that scores need, on their device, from the buffers."""
+        lost = self.forgotten
+        self.tasks, self._lost = (self._with_rows, 0.0) if lost is None else (int(lost[0]), float(lost[1]))
+        self._update()
+
+    def _update(self) -> None:
+        """The same where buffers changed by more than a load: whenever rows do, never while scoring."""
         m = self.moments
+        more = self._lost or self.tasks != self._with_rows
+        self.forgotten = torch.tensor([self.tasks, self._lost], dtype=torch.float64) if more else None
         self._first = [int((self.task < t).sum()) for t in range(self.tasks)]
         self.row_task = self.task.to(self.device)
         self._member = F.one_hot(self.row_task, max(self.tasks, 1)).float()

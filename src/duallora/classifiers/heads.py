@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from duallora.classifiers.class_statistics import below_peak
+from duallora.storage.learned import Learned
 
 
-class Heads(nn.Module):
+class Heads(Learned):
     """``head_t``: Linear(d, |Y_t|), trained in task t and frozen afterwards.
 
     Args:
@@ -17,8 +20,8 @@ class Heads(nn.Module):
     """
 
     def __init__(self, dim: int, device: torch.device) -> None:
-        super().__init__()
-        self.dim, self.device = dim, device
+        super().__init__(device)
+        self.dim = dim
         self.tasks = nn.ModuleList()
 
     def open(self, classes: int, generator: torch.Generator) -> None:
@@ -64,15 +67,18 @@ class Heads(nn.Module):
         """Logits of all heads side by side (n, R)."""
         return torch.cat([head(f[:, : self.dim]) for head in self.tasks], 1)
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores the heads from their state dict; the shapes say how many there are."""
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Opens the heads that are loaded; their shapes say how many there are."""
         self.tasks = nn.ModuleList()
-        for task in range(sum(name.endswith(".weight") for name in tensors)):
-            classes = tensors[f"tasks.{task}.weight"].shape[0]
+        for task in range(sum(name.startswith(prefix) and name.endswith(".weight") for name in state_dict)):
+            classes = state_dict[f"{prefix}tasks.{task}.weight"].shape[0]
             self.open(max(classes, 1), torch.Generator())
             if not classes:  # forgotten; torch makes no layer without outputs and without a warning
                 self.forget(task, torch.zeros(1, dtype=torch.bool))
-        self.load_state_dict(tensors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def refresh(self) -> None:
+        """Loaded heads are frozen."""
         self.requires_grad_(False)
 
 

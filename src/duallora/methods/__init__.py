@@ -6,8 +6,9 @@ import importlib
 from typing import NamedTuple, get_type_hints
 
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Loader, Method, Readout, TaskInfo
+from duallora.methods.base import Batch, Encoding, Loader, Method, Readout, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import MethodContext
 
 # Name -> file and class; the order is that of `duallora methods`.
 _REGISTRY = {
@@ -67,9 +68,11 @@ def method_name(config: MethodConfig) -> str:
 __all__ = [
     "METHODS",
     "Batch",
+    "Encoding",
     "Loader",
     "Method",
     "MethodConfig",
+    "MethodContext",
     "MethodEntry",
     "Readout",
     "TaskInfo",

@@ -7,33 +7,35 @@ Order of the calls for one task::
     loss(batch); after_step()  once per optimiser step, on augmented views (skipped for a single class)
     consolidate(task, loader)  after training: merge, measure, update what is remembered
     logits(images)             any time: the readouts of a batch, without the task
-      extract(images)          the final features of a batch
-      head_logits(features)    the heads' logits
+      encode(images)           one forward pass: features, and what the method chose for each image
+        extract(images)        the features alone
+      head_logits(encoding)    the heads' logits
     forget(task, kept)         between tasks: loses classes, or all that is a task's own
-    state() / load_state()     between tasks only
+    state() / load_state()     between tasks only; restored() after a load
     simulate(tasks)            random numbers of the same shapes, for measurements
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
 from duallora.adapters.lora import Beside, put_beside
+from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
-from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.classifiers.class_statistics import ClassMoments, RowMemory
 from duallora.classifiers.heads import Heads, calibrate
 from duallora.errors import DualLoRAError
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.runtime import parallel
+from duallora.storage.learned import Learned
 
 
 class Batch(NamedTuple):
@@ -56,6 +58,23 @@ class TaskInfo:
     index: int
     name: str
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What one forward pass gives of n images: features, and what the method chose by the image.
+
+    Attributes:
+        features: of the adapted model (n, row_dim), fp32; the final feature comes first.
+        gate: weights of the residual adapters (n, T), in [0, 1]; None where a method has none.
+        gate_features: what the gate read (n, m d), by layer.
+        chosen: the task whose adapter acted on each image (n,); None where a method does not choose one.
+    """
+
+    features: Tensor
+    gate: Tensor | None = None
+    gate_features: Mapping[int, Tensor] = field(default_factory=dict)
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,7 @@ class Method:
         backbone: frozen; already on its device.
         config: the method's fields.
         seed: every draw is keyed by it and the task.
+        context: precision and caches.
 
     Attributes:
         paper: where the method comes from.
@@ -94,12 +114,11 @@ class Method:
         reconstruction: whether the paper's code or text was not to be had, so that parts are a guess.
         all_at_once: whether it has to see all tasks' images together.
         readout: which readout is the method's own answer.
+        learned: all that is saved, as one module; subclasses add what they keep beside heads, rows and
+            adapters.
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
-        cache: features of the bare backbone by image, for :meth:`frozen_features`.
-        autocast: precision of the backbone in passes and training; everything else runs in fp32.
-        reading: the same in readouts: fp32, because bf16 would round by batch size; a measurement may ask.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
@@ -116,23 +135,26 @@ class Method:
     forward_passes: ClassVar[int] = 1
     imprinted: ClassVar[bool] = False
 
-    def __init__(self, backbone: Backbone, config: MethodConfig, seed: int) -> None:
+    def __init__(
+        self, backbone: Backbone, config: MethodConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
         if backbone.taken:
             raise DualLoRAError(
                 "this backbone belongs to another learner; load it again with load_backbone()."
             )
         backbone.taken = True
-        self.backbone, self.config, self.seed = backbone, config, seed
+        self.backbone, self.config, self.seed, self.context = backbone, config, seed, context
         self.device = next(backbone.parameters()).device
         width = backbone.row_dim if self.imprinted else backbone.feature_dim
         self.heads = Heads(width, self.device)
         self.rows = RowMemory(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
+        self.learned = Learned(self.device)
+        for name, module in (("heads", self.heads), ("rows", self.rows), ("adapters", self.adapters)):
+            self.learned.add_module(name, module)
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
-        self.cache: FrozenFeatures | None = None
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.reading: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -162,7 +184,7 @@ class Method:
             labels: (n,).
         """
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit(task.index, features, labels)
+        self.rows.fit_temperature(task.index, features, labels)
         if len(labels) > len(task.classes):  # single images have no spread to weigh features by
             self.heads.imprint(*self.rows.linear(task.index))
 
@@ -191,8 +213,12 @@ class Method:
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
-        with self.autocast():
-            return self.extract(images).float()
+        with self.context.autocast():
+            return self.encode(images).features
+
+    def encode(self, images: Tensor) -> Encoding:
+        """One forward pass over images (n, 3, H, W), with all that :meth:`logits` needs of it."""
+        return Encoding(self.extract(images).float())
 
     def extract(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`Backbone`."""
@@ -205,7 +231,8 @@ class Method:
 
         For methods whose adapters are off but for their own passes.
         """
-        found = None if self.cache is None else self.cache.lookup(images)
+        cache = None if self._computing.get() else self.context.cache
+        found = None if cache is None else cache.lookup(images)
         if found is not None:
             return found.to(images.device)
         with torch.autocast(images.device.type, enabled=False):  # everywhere as in the cache
@@ -226,9 +253,9 @@ class Method:
         """The final features (n, feature_dim) among what :meth:`features` gives (n, row_dim)."""
         return features[:, : self.backbone.feature_dim]
 
-    def head_logits(self, features: Tensor) -> Tensor:
-        """Logits of all rows (n, R) for features (n, row_dim)."""
-        logits: Tensor = self.heads(features)
+    def head_logits(self, encoding: Encoding) -> Tensor:
+        """Logits of all rows (n, R)."""
+        logits: Tensor = self.heads(encoding.features)
         return logits
 
     def after_step(self) -> None:
@@ -249,7 +276,7 @@ class Method:
             make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
-        self.adapters = nn.ModuleDict({str(layer): b.update for layer, b in self.beside.items()})
+        self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -267,14 +294,19 @@ class Method:
         self.orthogonal_norm = sum(moved) / len(moved) if moved else None
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Readout:
-        """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
+    def logits(self, images: Tensor, *, cached: bool = True) -> Readout:
+        """Readouts of a batch; the answer for an image does not depend on the others.
+
+        Args:
+            images: (B, 3, H, W).
+            cached: features of the bare backbone may come from the cache; else all of it is computed.
+        """
         config = self.config
-        with self.reading():
-            features = self.extract(images).float()
-        logits = self.head_logits(features)
-        log_q, familiarity = self.rows.readout(features)
-        log_task = self.task_posterior(log_q)
+        with self.context.reading(), self._computing.holding(not cached):
+            encoding = self.encode(images)
+        logits = self.head_logits(encoding)
+        log_q, familiarity = self.rows.readout(encoding.features)
+        log_task = self.task_posterior(encoding, log_q)
         calibrated = None
         if config.calibration != "none":
             calibrated = calibrate(
@@ -285,8 +317,8 @@ class Method:
             calibrated,
             log_task,
             familiarity,
-            self.gate_weights(),
-            self.final(features),
+            encoding.gate,
+            self.final(encoding.features),
         )
 
     def forget(self, task: int, kept: Tensor) -> None:
@@ -306,28 +338,31 @@ class Method:
             # Heads began as classifiers seen from what is forgotten now, and those to come cannot be.
             self.heads.shift(*self.rows.seen_from(seen_from))
 
-    def task_posterior(self, log_q: Tensor) -> Tensor:
-        """Log p(t|f) (n, T) from the posterior over rows (n, R)."""
+    def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
+        """Log p(t|f) (n, T) from the pass and the posterior over rows (n, R)."""
         return self.rows.by_task(log_q)
-
-    def gate_weights(self) -> Tensor | None:
-        """Weights of the residual adapters in the latest forward pass (n, T)."""
-        return None
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned so far, by name; valid between tasks."""
-        tensors = {f"heads.{name}": x for name, x in self.heads.state_dict().items()}
-        tensors |= {f"rows.{name}": x for name, x in self.rows.state().items()}
-        tensors |= {f"adapters.{name}": x.detach() for name, x in self.adapters.state_dict().items()}
-        return tensors
+        return dict(self.learned.state_dict())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave; tensors are on the CPU."""
-        self.heads.load_state(part(tensors, "heads"))
-        self.rows.load_state(part(tensors, "rows"))
-        for task in range(len(self.heads.tasks)):
+        """Restores what :meth:`state` gave.
+
+        Raises:
+            ValueError: tensors are missing, or are not of this method and configuration.
+        """
+        heads = [name for name in tensors if name.startswith("heads.") and name.endswith(".weight")]
+        for task in range(len(heads)):
             self.grow(task)
-        self.adapters.load_state_dict(part(tensors, "adapters"))
+        try:
+            self.learned.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        self.restored()
+
+    def restored(self) -> None:
+        """After a load: what follows from the learned state and is not saved."""
         for wrapper in self.beside.values():
             wrapper.merge()
 
@@ -357,13 +392,28 @@ class Method:
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Adds the task's rows on features (n, row_dim) and fits their temperature; called once a task."""
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit(task.index, features, labels)
+        self.rows.fit_temperature(task.index, features, labels)
 
     @torch.no_grad()
     def observe(self, loader: Loader) -> tuple[Tensor, Tensor]:
         """One pass over the task's images: features (n, row_dim) and labels (n,)."""
         features, labels = zip(*((self.features(b.images), b.labels) for b in loader()), strict=True)
         return parallel.gather(torch.cat(features)), parallel.gather(torch.cat(labels))
+
+    @contextmanager
+    def lesson(self, config: MethodConfig, seed: int) -> Iterator[None]:
+        """Inside, tasks are trained with another configuration and seed.
+
+        Args:
+            config: differs from the method's own in how a task is trained, not in what its state means.
+            seed: of the random draws.
+        """
+        before = self.config, self.seed
+        self.config, self.seed = config, seed
+        try:
+            yield
+        finally:
+            self.config, self.seed = before
 
     def generator(self, task: int, purpose: int = 0) -> torch.Generator:
         """Random numbers for a task's initialisation, the same on every device and after every resume.

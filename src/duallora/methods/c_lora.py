@@ -12,6 +12,7 @@ from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ class RoutedLoRA(Method):
     reconstruction = True
     config: RoutedLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: RoutedLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: RoutedLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         generator = self.generator(0, purpose=1)
         self.attach(
             config.first_adapted_layer,

@@ -13,6 +13,7 @@ from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Batch, Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,10 @@ class SharedLoRA(Method):
     reconstruction = True
     config: SharedLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SharedLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SharedLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         generator, made = self.generator(0, purpose=1), list[Bases]()
 
         def make(dim: int, out: int) -> Combined:

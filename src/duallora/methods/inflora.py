@@ -11,21 +11,22 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from duallora.adapters.dual_gpm import DualGPM
 from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.dynamic_memory import part
-from duallora.adapters.inject import wrap_attention
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import energy_share, random_basis
+from duallora.adapters.wrapped_qkv import wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.storage.learned import SideBySide
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,15 @@ class InfLoRA(Method):
     leaves = "its share of the pooled covariance and of the bases, and of an update that is summed up already"
     config: InfLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: InfLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: InfLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         layers, group = adapted_layers(backbone, config.first_adapted_layer), config.projections
         self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [group]))
-        self.adapters = nn.ModuleDict({str(layer): m.groups[group] for layer, m in self.adapted.items()})
         self.memory = {layer: DualGPM(module.dim) for layer, module in self.adapted.items()}
+        places = {str(n): SideBySide(m.groups[group], self.memory[n]) for n, m in self.adapted.items()}
+        self.learned.add_module("layers", nn.ModuleDict(places))
         self.reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
@@ -83,7 +87,7 @@ class InfLoRA(Method):
         group = self.config.projections
         if len(task.classes) == 1 or not self.config.rank:
             return
-        with self._moments() as moments, torch.no_grad(), self.autocast():
+        with self._moments() as moments, torch.no_grad(), self.context.autocast():
             for batch in loader():
                 self.backbone.project(batch.images, max(self.adapted))
         for layer, memory in self.memory.items():
@@ -95,6 +99,12 @@ class InfLoRA(Method):
                     stacklevel=2,
                 )
             self.adapted[layer].groups[group].begin(task.index, d, d[:, :0])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """``U_t`` beside the head."""
+        trained = [p for m in self.adapted.values() for p in m.parameters() if p.requires_grad]
+        rate = self.config.learning_rate
+        return [*super().parameter_groups(), *([{"params": trained, "lr": rate}] if trained else [])]
 
     @torch.no_grad()
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
@@ -134,24 +144,10 @@ class InfLoRA(Method):
             for module in self.adapted.values():
                 module.forget(task)
 
-    def state(self) -> dict[str, Tensor]:
-        """Merged updates, and per layer the basis and which of the two it is."""
-        tensors = super().state()
-        for layer, memory in self.memory.items():
-            adapter = self.adapted[layer].groups[self.config.projections]
-            tensors |= {f"layers.{layer}.{name}": x for name, x in adapter.state().items()}
-            tensors[f"layers.{layer}.basis"] = memory.basis
-            tensors[f"layers.{layer}.retain"] = torch.tensor(int(memory.retain))
-        return tensors
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        for layer, memory in self.memory.items():
-            own, module = part(tensors, f"layers.{layer}"), self.adapted[layer]
-            memory.basis, memory.retain = own["basis"].cpu(), bool(own["retain"])
-            update = {name: x.to(self.device) for name, x in own.items()}
-            module.groups[self.config.projections].load_state(update)
+    def restored(self) -> None:
+        """Merges the updates."""
+        super().restored()
+        for module in self.adapted.values():
             module.refresh()
 
     def _moments(self) -> AbstractContextManager[dict[tuple[int, str], Moment]]:

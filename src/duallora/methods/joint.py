@@ -9,6 +9,7 @@ from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Joint(Method):
     all_at_once = True
     config: JointConfig
 
-    def __init__(self, backbone: Backbone, config: JointConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: JointConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         generator = self.generator(0, purpose=1)
         self.attach(
             config.first_adapted_layer,

@@ -9,6 +9,7 @@ from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class LoRA(Method):
     stores = "one A and B, heads, class rows"
     config: LoRAConfig
 
-    def __init__(self, backbone: Backbone, config: LoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: LoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         generator = self.generator(0, purpose=1)
         self.attach(
             config.first_adapted_layer,

@@ -16,6 +16,7 @@ from duallora.adapters.task_loras import Pairs
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class OLoRA(Method):
     stores = "a pair a task, heads, class rows"
     config: OLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: OLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: OLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.pairs: list[Pairs] = []
         self.attach(config.first_adapted_layer, config.projections, self._make)
 

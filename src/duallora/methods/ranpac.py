@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duallora.adapters.dynamic_memory import part
 from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.random_features import RandomFeatureModel
-from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.base import Encoding, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,14 @@ class RanPAC(Method):
     leaves = "its share of the pooled covariance, of G and of what a first session trained"
     config: RanPACConfig
 
-    def __init__(self, backbone: Backbone, config: RanPACConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: RanPACConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.ridge = RandomFeatureModel(
             backbone.feature_dim, config.random_features, config.ridge, seed, self.device
         )
+        self.learned.add_module("ridge", self.ridge)
         if config.first_session:
             generator = self.generator(0, purpose=1)
             self.attach(
@@ -98,9 +101,9 @@ class RanPAC(Method):
         super().simulate(tasks)
         self.ridge.simulate([len(task.classes) for task in tasks], self.generator(0, purpose=8))
 
-    def head_logits(self, features: Tensor) -> Tensor:
+    def head_logits(self, encoding: Encoding) -> Tensor:
         """Log-posterior over rows (n, R) of the ridge regression."""
-        return self.ridge.log_q(self.final(features))
+        return self.ridge.log_q(self.final(encoding.features))
 
     def forget(self, task: int, kept: Tensor) -> None:
         """With the columns of Q and of the solution; G is a sum over all images and keeps their share."""
@@ -108,12 +111,3 @@ class RanPAC(Method):
         images = int(self.rows.moments.count[~stays].sum())
         super().forget(task, kept)
         self.ridge.forget(task, stays, images, whole=not bool(kept.any()))
-
-    def state(self) -> dict[str, Tensor]:
-        """With the classifier's projection, sums and solution."""
-        return super().state() | {f"ridge.{name}": x for name, x in self.ridge.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.ridge.load_state(part(tensors, "ridge"))

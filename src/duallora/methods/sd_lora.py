@@ -16,6 +16,7 @@ from duallora.adapters.task_loras import Pairs
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class SDLoRA(Method):
     stores = "a pair and a magnitude a task, heads, class rows"
     config: SDLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SDLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SDLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.magnitudes = nn.ParameterList()
         self.pairs: list[Pairs] = []
         self.attach(config.first_adapted_layer, config.projections, self._make)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
 from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Batch, Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
 
 
@@ -63,8 +63,10 @@ class SLDC(Method):
     stores = "one A and B, heads, a mean and covariance per class"
     config: SLDCConfig
 
-    def __init__(self, backbone: Backbone, config: SLDCConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SLDCConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         generator = self.generator(0, purpose=1)
         self.attach(
             config.first_adapted_layer,
@@ -72,6 +74,7 @@ class SLDC(Method):
             lambda dim, out: LowRank(dim, out, config.rank, generator),
         )
         self.gaussians = Gaussians(backbone.feature_dim)
+        self.learned.add_module("gaussians", self.gaussians)
         self._teacher: list[Tensor | None] = []  # merged weights before the task, while it is learned
         self._start: Tensor | None = None  # features of the task's images with them
 
@@ -162,15 +165,6 @@ class SLDC(Method):
         """With the Gaussians of the classes."""
         self.gaussians.forget(self.rows.staying(task, kept))
         super().forget(task, kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """With the Gaussians."""
-        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.gaussians.load_state(part(tensors, "gaussians"))
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

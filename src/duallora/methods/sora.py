@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Loader, Method, TaskInfo
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.runtime import parallel
 
 
@@ -74,10 +75,12 @@ class Gated(nn.Module):
             torch.cat([self.b, b.to(device)]),
         )
 
-    def resize(self, rank: int) -> None:
-        """Makes room for a stored state of ``rank`` ranks."""
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Makes room for as many ranks as are loaded."""
+        rank = len(state_dict.get(f"{prefix}g", self.g))
         shapes = (self.dim, rank), (rank,), (rank, self.out)
         self.a, self.g, self.b = self._parameters_of(*map(self.g.new_empty, shapes))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def shrink(self, threshold: float) -> None:
@@ -97,8 +100,10 @@ class SoRA(Method):
     stores = "one A, g and B without closed ranks, heads, class rows"
     config: SoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.attach(config.first_adapted_layer, config.projections, Gated)
         self.updates = [update for update in self.adapters.values() if isinstance(update, Gated)]
         self.step = self.steps = 0
@@ -142,10 +147,3 @@ class SoRA(Method):
         for update in self.updates:
             update.open(self.config.rank, self.generator(0, purpose=8))
         super().simulate(tasks)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what ``state`` gave, each layer with the ranks that it kept."""
-        for layer, update in self.adapters.items():
-            if isinstance(update, Gated):
-                update.resize(len(tensors[f"adapters.{layer}.g"]))
-        super().load_state(tensors)
