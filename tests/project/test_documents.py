@@ -71,7 +71,10 @@ def test_the_index_has_every_document() -> None:
     assert {name for name in others if f"]({name})" not in index} == set()
 
 
-def test_the_architecture_has_every_package() -> None:
+def test_the_architecture_lists_the_packages_in_the_order_of_their_imports() -> None:
     table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Packages")[1]
-    packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
-    assert {name for name in packages if f"`{name}`" not in table} == set()
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", table, re.MULTILINE)
+    order = (ROOT / "tests" / "project" / "test_imports.py").read_text(encoding="utf-8")
+    names = re.findall(r'"(\w+)"', order.split("ORDER = (")[1].split(")")[0])
+    assert listed == [name for name in reversed(names) if name != "__main__"]
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= set(listed)
