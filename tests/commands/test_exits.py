@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from command_line import Call, assert_refused, caller, images
 
 import duallora
 from duallora import ContinualLearner
+from duallora.cli import main
 from duallora.storage import checkpoint
+
+FORK = multiprocessing.get_context("fork")
 
 # -- exits --------------------------------------------------------------------------------------------------
 
@@ -117,12 +122,16 @@ def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str],
     cars = images(tmp_path / "cars", ["bus", "van"], 3)
     assert call("learn", model, pets, "--epochs", 1).code == 0
     chance = random.Random(0)
-    # Once it is done it waits to be killed: whoever kills it may be late.
-    entry = "import time; from duallora.cli import main; main(); time.sleep(600)"
+
+    def learn(epochs: int) -> None:
+        main(["learn", str(model), str(cars), "--epochs", str(epochs)])
+        time.sleep(600)  # to be killed: whoever does so may be late
+
     for saving in (False, True):
         (model / ".lock").unlink()
         before = sorted([*_names(model), ".lock"])
-        learning = _duallora("learn", model, cars, "--epochs", 1 if saving else 100_000, entry=entry)
+        learning = FORK.Process(target=learn, args=(1 if saving else 100_000,))
+        learning.start()
         try:
             _wait_until((model / ".lock").exists, learning)
             if saving:
@@ -130,8 +139,8 @@ def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str],
             time.sleep(chance.random() / (500 if saving else 1))
         finally:
             learning.kill()
-            learning.communicate()
-        assert learning.returncode == -signal.SIGKILL
+            learning.join()
+        assert learning.exitcode == -signal.SIGKILL
         tasks = [task.name for task in ContinualLearner.load(model, device="cpu").tasks]
         assert tasks in ([["pets"], ["pets", "cars"]] if saving else [["pets"]])
     assert call("learn", model, cars, "--epochs", 1, "--name", "more").code == 0
@@ -140,10 +149,10 @@ def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str],
     assert not [name for name in _names(model) if name.endswith(".tmp")]
 
 
-def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def _wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
     end = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, "it ended before it could be killed"
+        assert process.is_alive() and time.monotonic() < end, "it ended before it could be killed"
         time.sleep(0.001)
 
 
