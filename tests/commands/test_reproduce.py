@@ -58,6 +58,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 WHOLE = "cifar100-10/l2p"  # on the ViT-B/16 itself; the others on one as deep, a quarter as wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", protocols())
 def test_a_protocol_fits_its_data_and_its_method(
     name: str, places: dict[str, Path], call: Call, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,7 @@ def assert_clean(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == named | {"model.json", ".lock"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_a_fault_at_every_file_operation_of_a_save(
     kind: faults.Kind, generations: tuple[ContinualLearner, ContinualLearner], tmp_path: Path
