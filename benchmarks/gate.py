@@ -28,7 +28,8 @@ from torch import Tensor
 from duallora.adapters.dynamic_memory import EnergyMemory
 from duallora.adapters.subspace import Subspace
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.covariance import shrunk
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset
@@ -64,7 +65,7 @@ def tokens(backbone: Backbone, data: TaskDataset) -> dict[str, Tensor]:
 
 def by_class(train: list[Set], f: Tensor, kappa: float | None) -> Tensor:
     """Log-weights of the tasks (n, T) from Gaussian rows."""
-    rows = RowMemory(f.shape[1], CPU)
+    rows = ClassStatistics(f.shape[1], CPU)
     for task, (x, y, classes) in enumerate(train):
         rows.replace(task, ClassMoments.of(x, y, classes))
         rows.fit_temperature(task, x, y)
@@ -74,7 +75,7 @@ def by_class(train: list[Set], f: Tensor, kappa: float | None) -> Tensor:
 
 def by_task(train: list[Set], f: Tensor) -> Tensor:
     """One Gaussian a task around its mean, one covariance for all."""
-    rows = RowMemory(f.shape[1], CPU)
+    rows = ClassStatistics(f.shape[1], CPU)
     for task, (x, y, _) in enumerate(train):
         rows.replace(task, ClassMoments.of(x, torch.zeros_like(y), 1))
         rows.fit_temperature(task, x, torch.zeros_like(y))

@@ -27,14 +27,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, sum_rows
-from duallora.classifiers.heads import calibrate
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.log_probabilities import sum_rows
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import load_setting
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS
-from duallora.methods.base import Encoding, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.drift import ridge_map
+from duallora.methods.interface import Encoding, TaskInfo
 from duallora.storage.atomic import write_atomic
 from duallora.streams import Stream, TaskDataset, all_at_once
 
@@ -68,8 +70,8 @@ class Twins:
         final, dim = method.backbone.feature_dim, method.backbone.row_dim
         widths = {"final": final, "last": final + method.backbone.dim, "all": dim}
         self.method = method
-        self.twins = {name: (RowMemory(width, method.device), width) for name, width in widths.items()}
-        self.moved = RowMemory(dim, method.device)
+        self.twins = {name: (ClassStatistics(width, method.device), width) for name, width in widths.items()}
+        self.moved = ClassStatistics(dim, method.device)
         self.start: Tensor | None = None
         self.images = torch.zeros(0)
         own = method.remember

@@ -41,9 +41,6 @@ def saved(learner: ContinualLearner, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-# --- saving ---
-
-
 def test_another_backbone_is_refused_and_both_are_named(saved: Path) -> None:
     other = tiny_backbone(seed=1)
     was = tiny_backbone().info.sha256[:12]

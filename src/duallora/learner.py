@@ -23,14 +23,8 @@ from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.duallora import DualLoRAConfig
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
-from duallora.predictions import (
-    best,
-    calibration_error,
-    class_probabilities,
-    predictions,
-    task_probabilities,
-)
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord
+from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
@@ -215,26 +209,7 @@ class ContinualLearner:
         labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
         latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
-        count = len(self.tasks)
-        confidence, found = best(class_probabilities(outputs))
-        right = found == labels
-        found_task = best(task_probabilities(outputs, count))[1]
-        confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(
-            count, count
-        )
-        tasks = []
-        for t, task in enumerate(self.tasks):
-            mine = right[true_task == t]
-            tasks.append(
-                TaskAccuracy(task.name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine))
-            )
-        return Evaluation(
-            accuracy=int(right.sum()) / len(right),
-            tasks=tuple(tasks),
-            task_confusion=tuple(tuple(row) for row in confusion.tolist()),
-            calibration_error=calibration_error(confidence, right),
-            images=len(right),
-        )
+        return evaluation(outputs, labels, true_task, [task.name for task in self.tasks])
 
     def predict(self, images: Iterable[Any], top: int = 3) -> list[Prediction]:
         """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.
@@ -349,45 +324,32 @@ class ContinualLearner:
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
         with checkpoint.intact(folder):
-            return cls._restore(folder, manifest, tensors, device, progress, backbone, features)
-
-    @classmethod
-    def _restore(
-        cls,
-        folder: Path,
-        manifest: dict[str, Any],
-        tensors: dict[str, Tensor],
-        device: str | Machine,
-        progress: Progress | None,
-        backbone: Backbone | None,
-        features: FrozenFeatures | None,
-    ) -> ContinualLearner:
-        info = BackboneInfo.from_dict(manifest["backbone"])
-        if backbone is None:
-            copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
-            backbone = load_backbone(info, copies[0] if copies else None)
-        info.refuse_other(backbone.info)
-        entry = METHODS.get(manifest["method"])
-        if entry is None:
-            raise DualLoRAError(
-                f"the model uses method {manifest['method']!r}, unknown here; "
-                f"the methods are {', '.join(METHODS)}."
+            info = BackboneInfo.from_dict(manifest["backbone"])
+            if backbone is None:
+                copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
+                backbone = load_backbone(info, copies[0] if copies else None)
+            info.refuse_other(backbone.info)
+            entry = METHODS.get(manifest["method"])
+            if entry is None:
+                raise DualLoRAError(
+                    f"the model uses method {manifest['method']!r}, unknown here; "
+                    f"the methods are {', '.join(METHODS)}."
+                )
+            config = entry.config(**manifest["config"])
+            learner = cls(
+                backbone,
+                config,
+                manifest["seed"],
+                device=device,
+                augment=manifest["augment"],
+                progress=progress,
+                features=features,
             )
-        config = entry.config(**manifest["config"])
-        learner = cls(
-            backbone,
-            config,
-            manifest["seed"],
-            device=device,
-            augment=manifest["augment"],
-            progress=progress,
-            features=features,
-        )
-        learner.method.load_state(tensors)
-        for record in manifest["tasks"]:
-            learner._add(TaskRecord.from_dict(record))
-        learner._origin = (folder.resolve(), manifest["weights"])
-        return learner
+            learner.method.load_state(tensors)
+            for record in manifest["tasks"]:
+                learner._add(TaskRecord.from_dict(record))
+            learner._origin = (folder.resolve(), manifest["weights"])
+            return learner
 
     def _add(self, record: TaskRecord) -> None:
         self.tasks.append(record)

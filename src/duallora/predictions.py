@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duallora.classifiers.class_statistics import sum_rows
-from duallora.outputs import Outputs, Prediction
+from duallora.classifiers.log_probabilities import sum_rows
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy
 
 if TYPE_CHECKING:
-    from duallora.methods import Readout
+    from duallora.methods import BatchOutputs
 
 CALIBRATION_BINS = 15
 READOUTS = ("heads", "calibrated")
 UNKNOWN = "unknown"
 
 
-def log_rows(logs: Outputs | Readout, readout: str) -> Tensor:
+def log_rows(logs: Outputs | BatchOutputs, readout: str) -> Tensor:
     """Log-probabilities of the rows under a readout, (n, R).
 
     Raises:
@@ -43,7 +43,7 @@ def log_rows(logs: Outputs | Readout, readout: str) -> Tensor:
     return scores
 
 
-def readouts_of(logs: Outputs | Readout) -> tuple[str, ...]:
+def readouts_of(logs: Outputs | BatchOutputs) -> tuple[str, ...]:
     """The readouts that the method behind these logs has."""
     return READOUTS if logs.calibrated is not None else READOUTS[:1]
 
@@ -61,7 +61,7 @@ def summed_classes(log_probabilities: Tensor, row_class: Tensor, classes: int) -
     return summed.clamp(max=1.0)  # the logs are rounded, and so a sum may be above 1
 
 
-def summed_tasks(logs: Outputs | Readout, readout: str, row_task: Tensor, tasks: int) -> Tensor:
+def summed_tasks(logs: Outputs | BatchOutputs, readout: str, row_task: Tensor, tasks: int) -> Tensor:
     """Probability of every task (n, tasks), in [0, 1].
 
     Args:
@@ -157,6 +157,32 @@ def predictions(
             )
         )
     return found
+
+
+def evaluation(outputs: Outputs, labels: Tensor, true_task: Tensor, tasks: Sequence[str]) -> Evaluation:
+    """How right the answers for n images are.
+
+    Args:
+        outputs: of the images.
+        labels: (n,) true class indices, as in ``outputs.row_class``.
+        true_task: (n,) task of the true class.
+        tasks: names of all tasks, in their order.
+    """
+    confidence, found = best(class_probabilities(outputs))
+    _, found_task = best(task_probabilities(outputs, len(tasks)))
+    right, count = found == labels, len(tasks)
+    confusion = torch.bincount(true_task * count + found_task, minlength=count**2).reshape(count, count)
+    accuracies = []
+    for t, name in enumerate(tasks):
+        mine = right[true_task == t]
+        accuracies.append(TaskAccuracy(name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine)))
+    return Evaluation(
+        accuracy=int(right.sum()) / len(right),
+        tasks=tuple(accuracies),
+        task_confusion=tuple(tuple(row) for row in confusion.tolist()),
+        calibration_error=calibration_error(confidence, right),
+        images=len(right),
+    )
 
 
 def as_document(prediction: Prediction, unknown_below: float | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from duallora.adapters.dynamic_memory import ENERGY_KAPPAS, DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.subspace import Subspace
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 
 DIM, TASKS, CPU = 6, 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)
@@ -34,7 +34,7 @@ def gaussian_point(tasks: int = TASKS, top_tasks: int = 4, dim: int = DIM) -> Ga
     point = GatePoint(dim, CPU, top_tasks, None)
     for task in range(tasks):
         features, labels = task_images(task, dim=dim)
-        point.observe(task, features, labels, 2, None)
+        point.learn(task, features, labels, 2, None)
     return point
 
 
@@ -116,7 +116,7 @@ def test_a_second_look_replaces_the_first() -> None:
     point, plain = gaussian_point(3), gaussian_point(2)
     features, labels = task_images(9)
     for target in (point, plain):
-        target.observe(2, features, labels, 2, None)
+        target.learn(2, features, labels, 2, None)
     assert torch.equal(point.weights(probes()), plain.weights(probes()))
     assert torch.equal(point.f0, features)
 
@@ -135,7 +135,7 @@ def energy_point(sizes: list[int], top_tasks: int = 4) -> tuple[GatePoint, list[
     blocks = [subspace.block(task) for task in range(len(sizes))]
     for task, block in enumerate(blocks):
         features, labels = energy_images(task)
-        point.observe(task, features, labels, 2, block)
+        point.learn(task, features, labels, 2, block)
     return point, blocks
 
 
@@ -230,7 +230,7 @@ def test_a_basis_that_turns_out_empty_takes_its_loss_along() -> None:
     point, blocks = energy_point([3, 2])
     plain, _ = energy_point([3, 0])
     features, labels = energy_images(1)
-    point.observe(1, features, labels, 2, blocks[1][:, :0])
+    point.learn(1, features, labels, 2, blocks[1][:, :0])
     assert point.energy.losses.keys() == plain.energy.losses.keys()
     assert point.energy.kappa == plain.energy.kappa
 
@@ -312,7 +312,7 @@ def test_the_mean_patch_token_tells_tasks_apart_where_the_class_token_does_not()
         x[:, 1:] += 1.5 * (2 * task - 1)
         with memory.reading() as seen:
             memory.gate(1, x)
-        memory.points[1].observe(task, seen.features[1], torch.arange(16) % 2, 2, None)
+        memory.points[1].learn(task, seen.features[1], torch.arange(16) % 2, 2, None)
     memory.tasks = 2
     for task in range(2):
         x = tokens(10 + task, 16)
@@ -332,7 +332,7 @@ def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> 
     memory = gate("first", [2])
     point = memory.points[2]
     f0, labels = task_images(2, dim=2 * DIM)
-    point.observe(2, f0, labels, 2, None)
+    point.learn(2, f0, labels, 2, None)
     picked = torch.tensor([7, 0, 4])
     x = tokens(5, 3)
     with memory.reading((labels[picked], picked)):
@@ -343,7 +343,7 @@ def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> 
 
 
 def test_gate_rows_are_ordinary_rows() -> None:
-    point, memory = gaussian_point(2), RowMemory(DIM, CPU)
+    point, memory = gaussian_point(2), ClassStatistics(DIM, CPU)
     for task in range(2):
         features, labels = task_images(task)
         memory.replace(task, ClassMoments.of(features, labels, 2))

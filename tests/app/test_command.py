@@ -12,8 +12,6 @@ import pytest
 from app_tools import running_app
 from command_line import Call, assert_refused
 
-# -- the command ---------------------------------------------------------------------------------------------
-
 
 def test_the_command_refuses_what_it_cannot_do(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,9 +11,6 @@ from duallora.app import html
 HOSTILE = "<img src=x onerror=alert(1)>&\"'"
 
 
-# -- HTML ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "fragment",
     [

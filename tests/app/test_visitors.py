@@ -23,7 +23,7 @@ pytest.importorskip("gradio", reason="the extra app is not installed")
 
 import gradio as gr
 from app_tools import files_below
-from command_line import Call, caller, images, use_tiny_backbone
+from command_line import Call, images
 
 from duallora import DualLoRAError
 from duallora.app import twins
@@ -40,12 +40,6 @@ from duallora.teaching.model_request import ModelRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 A, B = (SimpleNamespace(session_hash=name) for name in "ab")
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,6 @@ from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.errors import DualLoRAError
 from duallora.methods import Method
 from duallora.runs.results import images_per_second
-
-# -- kept features ------------------------------------------------------------------------------------------
 
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
@@ -119,9 +118,9 @@ def test_a_method_takes_its_frozen_features_from_the_cache_where_it_has_them() -
     method: Method = learner.method
     plain_features = method.frozen_features(images)
     assert torch.equal(plain_features, learner.backbone(images))
-    method.cache = FrozenFeatures.compute(tiny_backbone(), [images[:2]])
+    method.context = replace(method.context, cache=FrozenFeatures.compute(tiny_backbone(), [images[:2]]))
     assert torch.equal(method.frozen_features(images), plain_features)  # one is missing: all are computed
-    method.cache = Lying()
+    method.context = replace(method.context, cache=Lying())
     assert not method.frozen_features(images).any()
 
 
@@ -129,11 +128,12 @@ def test_the_speed_is_measured_without_the_cache() -> None:
     learner = new_learner(small_config("ncm"))
     task = three_tasks()[0]
     learner.learn(task)
-    learner.method.cache = lying = Lying()
+    lying = Lying()
+    learner.method.context = replace(learner.method.context, cache=lying)
     test = streams.task.as_task_dataset(unseen([task]))
     learner.outputs(test)
     asked = lying.asked
     assert asked > 0
     assert images_per_second(learner, [test]) > 0
     assert lying.asked == asked
-    assert learner.method.cache is lying
+    assert learner.method.context.cache is lying

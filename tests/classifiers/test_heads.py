@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from duallora.classifiers.class_statistics import sum_rows
-from duallora.classifiers.heads import Heads, calibrate, within_tasks
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.heads import Heads
+from duallora.classifiers.log_probabilities import sum_rows, within_tasks
 
 CPU = torch.device("cpu")
 

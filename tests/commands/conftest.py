@@ -1,17 +1,11 @@
-"""A command on a tiny backbone, images, and a model that has learned them."""
+"""Images, and a model that has learned them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from command_line import Call, caller, images, use_tiny_backbone
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
+from command_line import Call, images
 
 
 @pytest.fixture

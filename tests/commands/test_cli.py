@@ -22,9 +22,6 @@ COMMANDS = {
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
 
 
-# -- help and parsing --------------------------------------------------------------------------------------
-
-
 def test_help_lists_the_verbs_with_a_line_each(call: Call) -> None:
     called = call("--help")
     assert called.code == 0

@@ -16,8 +16,6 @@ from duallora.commands.compared_methods import BUDGET_FIELDS, Line, read_lines
 from duallora.commands.configs import read_config, shipped_configs
 from duallora.errors import DualLoRAError
 
-# -- lines --------------------------------------------------------------------------------------------------
-
 
 def written(folder: Path, name: str, method: object) -> str:
     """A YAML file with this method block; its path as on a command line."""

@@ -26,8 +26,6 @@ from duallora.storage import checkpoint
 
 FORK = multiprocessing.get_context("fork")
 
-# -- exits --------------------------------------------------------------------------------------------------
-
 
 def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_on_demand(
     call: Call, model: Path, monkeypatch: pytest.MonkeyPatch

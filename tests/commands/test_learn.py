@@ -13,8 +13,6 @@ from tiny import tiny_backbone
 
 from duallora import METHODS, CheckFailed, ContinualLearner
 
-# -- a model from its first task to undo -------------------------------------------------------------------
-
 
 def test_a_model_is_taught_asked_measured_and_taken_back(
     call: Call, model: Path, pets: Path, tmp_path: Path
@@ -73,7 +71,9 @@ def test_every_method_can_be_taught_and_inspected(call: Call, pets: Path, tmp_pa
         assert call("learn", tmp_path / name, pets, "--method", name, "--epochs", 1).code == 0
         about = json.loads(call("inspect", tmp_path / name, "--json").out)
         assert about["method"] == name
-        assert bool(about["layers"]) == (name == "duallora")
+        assert bool(about["layers"]) == (name in ("duallora", "inflora"))
+        for layer in about["layers"]:
+            assert set(layer["projections"]) <= set("qkv") and 0 <= layer["free"] <= 64
         assert about["bytes"]["total"] > about["bytes"]["heads"] > 0
         assert call("inspect", tmp_path / name).code == 0
 

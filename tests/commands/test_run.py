@@ -12,8 +12,6 @@ from tiny import tiny_backbone
 
 from duallora import ContinualLearner
 
-# -- the main job -------------------------------------------------------------------------------------------
-
 
 def test_run_writes_a_folder_and_refuses_to_write_it_again(call: Call, tmp_path: Path) -> None:
     small = ["--classes", 4, "--tasks", 2, "--train-per-class", 6, "--holdout", 3, "--epochs", 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.testing import assert_close
 from duallora import streams
 from duallora.adapters.dual_lora import AdaptedQKV, DualAdapter
 from duallora.backbones.backbone import Backbone, load_backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.data.transforms import evaluation_transform
-from duallora.methods import Batch, Encoding, Readout, TaskInfo
+from duallora.methods import Batch, BatchOutputs, Encoding, TaskInfo
 from duallora.methods.duallora import DualLoRA, DualLoRAConfig
 
 DIM, TOKENS, CPU = 32, 17, torch.device("cpu")
@@ -134,12 +135,12 @@ def test_an_adapted_layer_equals_its_formula_with_the_gate_written_out(
             residuals[data.info.index] = (adapter.psi.double() @ adapter.c.double()).detach()
         method.consolidate(data.info, data.loader)
     probes = torch.cat([data.images[:3] for data in tasks])
-    readouts: list[Readout] = []
+    readouts: list[BatchOutputs] = []
     x, y = calls_of(method.adapted[1], lambda: readouts.append(method.logits(probes)))
     x, found = x.double(), readouts[0].gate
 
     # Features at the gate come from frozen layers: any later pass sees the same.
-    rows = RowMemory(2 * DIM, CPU)
+    rows = ClassStatistics(2 * DIM, CPU)
     for data in tasks:
         f = described(calls_of(method.adapted[1], lambda data=data: method.logits(data.images))[0])
         rows.replace(data.info.index, ClassMoments.of(f, data.labels, 2))
@@ -439,7 +440,7 @@ def test_training_leaves_each_image_out_of_its_own_row() -> None:
     method.loss(batch)
     found = passes[0].gate
     f0 = described(calls_of(method.adapted[1], lambda: method.extract(data.images))[0])
-    rows = RowMemory(2 * DIM, CPU)
+    rows = ClassStatistics(2 * DIM, CPU)
     old = random_task(0)
     old_f = described(calls_of(method.adapted[1], lambda: method.extract(old.images))[0])
     for task, (f, y) in enumerate([(old_f, old.labels), (f0, data.labels)]):
@@ -573,7 +574,7 @@ def test_the_calibrated_readout_equals_its_formula() -> None:
 def test_autocast_reaches_the_backbone_alone() -> None:
     """Where the device has bf16, rows, temperatures, sums and merged weights must not notice."""
     method, plain = method_of(), method_of()
-    method.autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    method.context = replace(method.context, autocast=partial(torch.autocast, "cpu", dtype=torch.bfloat16))
     seen, remember = [], method.remember
 
     def note(task: TaskInfo, features: Tensor, labels: Tensor) -> None:

@@ -13,7 +13,7 @@ from small_tasks import small_config, three_tasks
 from tiny import tiny_backbone, tiny_images
 
 from duallora import METHODS, ContinualLearner
-from duallora.methods import Method, Readout
+from duallora.methods import BatchOutputs, Method
 
 CHANGES: dict[str, dict[str, Any]] = {
     "duallora": {"residual": "own", "relevance": "energy", "calibration": "task", "gate": "first"}
@@ -58,7 +58,7 @@ def at_once(method: Method, block: int, first: Steps, second: Steps) -> None:
         if passes[own] == method.forward_passes:
             steps[own].inside()
 
-    def predict(x: torch.Tensor, own: Steps) -> Readout:
+    def predict(x: torch.Tensor, own: Steps) -> BatchOutputs:
         passes[threading.get_ident()], steps[threading.get_ident()] = 0, own
         try:
             return method.logits(x)

@@ -22,8 +22,6 @@ from duallora.runs.comparison import (
 )
 from duallora.runs.comparison_page import markdown, page, plot, tables
 
-# -- pages --------------------------------------------------------------------------------------------------
-
 PROTOCOL = ["stream photos & <more>: 2 tasks", "backbone tiny"]
 COMMAND = "duallora compare --out x --methods 'a<b'"
 TITLES = ["Accuracy", "All figures: heads", "All figures: calibrated", "Cost"]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from duallora import metrics
-from duallora.runs import report
+from duallora.runs import metrics, report
 from duallora.runs.metrics import Hits
 
 

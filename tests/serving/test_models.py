@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 import httpx
 import safetensors.torch
 import torch
-from command_line import Call, assert_refused, caller, images, use_tiny_backbone
+from command_line import Call, assert_refused, images
 from PIL import Image
 from serving_tools import picture, running, until
 from small_tasks import new_learner, small_config, three_tasks
@@ -33,12 +33,6 @@ from duallora.serving.app import create_app
 from duallora.serving.limits import Limits
 from duallora.serving.model_watch import ModelWatch, ServedModel
 from duallora.storage import checkpoint
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
 
 
 @pytest.fixture
@@ -257,9 +251,6 @@ def test_what_cannot_be_served(call: Call, tmp_path: Path) -> None:
     new_learner(small_config()).save(tmp_path / "empty")
     with pytest.raises(DualLoRAError, match="learned nothing"):
         ModelWatch(tmp_path / "empty", "cpu")
-
-
-# -- the command --------------------------------------------------------------------------------------------
 
 
 def test_the_command_refuses_what_it_cannot_do(

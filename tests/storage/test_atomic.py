@@ -10,8 +10,6 @@ import pytest
 from duallora.errors import DualLoRAError
 from duallora.storage import atomic, checkpoint
 
-# --- atomic writes ---
-
 
 def test_an_atomic_write_replaces_the_target_of_a_link(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"old")

@@ -14,9 +14,6 @@ from duallora.streams.domains import with_domains
 DIGITS = streams.digits(3, classes=6, train_per_class=5, holdout=2)
 
 
-# -- all tasks at once --------------------------------------------------------------------------------------
-
-
 def labelled(part: TaskDataset) -> list[tuple[str, str, bytes]]:
     """Identifier, class name and pixels of every sample."""
     samples = (part[i] for i in range(len(part)))

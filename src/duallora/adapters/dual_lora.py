@@ -8,7 +8,7 @@ share one second moment and therefore one A, one Psi and one Phi: ``"kv"`` with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -182,6 +182,24 @@ class DualAdapter(Learned):
         """Lays out what was loaded."""
         self.orthogonal.replace(self.factors, self.owners)
         self.restack()
+
+
+def saved_ranks(tensors: Mapping[str, Tensor]) -> tuple[int, list[int]]:
+    """Ranks of a saved :class:`DualAdapter`: of the merged update, and of each residual adapter by task."""
+    dense = tensors.get("dense")
+    if dense is None:
+        merged = [x.shape[1] for name, x in tensors.items() if name.endswith(".a")]
+        rank = sum(merged)
+    else:
+        rank = int(torch.linalg.matrix_rank(dense.double()))
+    residual = {int(name.split(".")[1]): x.shape[1] for name, x in tensors.items() if name.endswith(".psi")}
+    return rank, [residual[task] for task in sorted(residual)]
+
+
+def part_of_place(name: str) -> str:
+    """The part of the model that a saved tensor of a place belongs to, by its name there."""
+    part = name.split(".")[0]
+    return "residual" if part == "residual" else "orthogonal" if part in ("orthogonal", "dense") else "bases"
 
 
 Product = tuple[Tensor, Tensor]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.per_pass import PerPass
 from duallora.adapters.subspace import Subspace
-from duallora.classifiers.class_statistics import ClassMoments, Own, RowMemory, best_kappa
+from duallora.classifiers.calibration import best_kappa
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.gaussian import Own
 from duallora.storage.learned import ByTask, Learned
 
 ENERGY_KAPPAS = torch.logspace(-0.3010299956639812, 1.6989700043360187, 20, dtype=torch.float64)  # .5 to 50
@@ -122,13 +124,13 @@ class GatePoint(nn.Module):
 
     def __init__(self, dim: int, device: torch.device, top_tasks: int, energy: EnergyMemory | None) -> None:
         super().__init__()
-        self.rows = RowMemory(dim, device)
+        self.rows = ClassStatistics(dim, device)
         self.top_tasks = top_tasks
         self.energy: EnergyMemory | None
         self.register_module("energy", energy)
         self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass
 
-    def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
+    def learn(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
         """Takes the features f0 (n, d) of the task's images, in place of those of an earlier pass."""
         self.f0 = f0.to(self.rows.device)
         self.rows.replace(task, ClassMoments.of(f0, labels, classes))

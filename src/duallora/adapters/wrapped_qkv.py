@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.backbones.backbone import Backbone
+from duallora.errors import DualLoRAError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -116,6 +117,20 @@ def _adjacent(slices: Sequence[slice]) -> list[slice]:
         else:
             joined.append(each)
     return joined
+
+
+def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
+    """Layers that carry adapters: from ``first`` (default ``max(1, depth // 3)``) to the top.
+
+    Raises:
+        DualLoRAError: if no layer is left.
+    """
+    start = max(1, backbone.depth // 3) if first is None else first
+    if not start < backbone.depth:
+        raise DualLoRAError(
+            f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}."
+        )
+    return list(range(start, backbone.depth))
 
 
 def wrap_attention(

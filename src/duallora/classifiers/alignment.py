@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.heads import Heads
-from duallora.storage.learned import Learned
 
 
-class Gaussians(Learned):
+class Gaussians(ByRow):
     """Mean (R, d) and covariance (R, d, d) of every row, fp32 on the CPU: ``4 d (d + 1)`` bytes a row.
 
     Args:

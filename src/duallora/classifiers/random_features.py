@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora.classifiers.class_statistics import best_kappa
+from duallora.classifiers.calibration import best_kappa
 from duallora.storage.learned import ByTask, Learned
 
 RIDGES = torch.logspace(-8, 8, 17, dtype=torch.float64)

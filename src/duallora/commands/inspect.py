@@ -14,8 +14,8 @@ def inspect(model: Path, *, json: bool = False) -> None:
         model: folder of the saved model
         json: print one JSON document
     """
+    from duallora.methods.saved_state import description
     from duallora.storage import checkpoint
-    from duallora.storage.description import description
 
     about = description(model, *checkpoint.read(model))
     with checkpoint.intact(model):

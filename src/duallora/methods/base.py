@@ -17,85 +17,28 @@ Order of the calls for one task::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.lora import Beside, put_beside
+from duallora.adapters.lora import Beside, LowRank, put_beside
 from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
-from duallora.classifiers.heads import Heads, calibrate
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.class_statistics import ByRow, ClassMoments, ClassStatistics
+from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
-from duallora.methods.config import MethodConfig
+from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
+from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
-
-
-class Batch(NamedTuple):
-    """Images (B, 3, H, W), labels inside the task (B,) and indices of the samples in its data set (B,)."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-# A fresh pass over the task's training images, evaluation view, in order. Where several processes train, each
-# sees its block of them: what a method keeps of a pass goes through duallora.runtime.parallel.
-Loader = Callable[[], Iterable[Batch]]
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """A task as a method sees it: its index (from 0), name and class names."""
-
-    index: int
-    name: str
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What one forward pass gives of n images: features, and what the method chose by the image.
-
-    Attributes:
-        features: of the adapted model (n, row_dim), fp32; the final feature comes first.
-        gate: weights of the residual adapters (n, T), in [0, 1]; None where a method has none.
-        gate_features: what the gate read (n, m d), by layer.
-        chosen: the task whose adapter acted on each image (n,); None where a method does not choose one.
-    """
-
-    features: Tensor
-    gate: Tensor | None = None
-    gate_features: Mapping[int, Tensor] = field(default_factory=dict)
-    chosen: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Readout:
-    """What a method says of a batch: n images, R rows in the order of the tasks, T tasks; fp32 logs.
-
-    Attributes:
-        heads: log-softmax over the concatenated heads (n, R).
-        calibrated: calibrated log-probabilities of the rows (n, R); None with ``calibration="none"``.
-        task_posterior: log p(t|f) (n, T).
-        familiarity: how well the final feature fits any row (n,), in [0, 1].
-        gate: weights of the residual adapters (n, T), in [0, 1]; None where a method has none.
-        features: final features (n, d).
-    """
-
-    heads: Tensor
-    calibrated: Tensor | None
-    task_posterior: Tensor
-    familiarity: Tensor
-    gate: Tensor | None
-    features: Tensor
 
 
 class Method:
@@ -116,6 +59,7 @@ class Method:
         readout: which readout is the method's own answer.
         learned: all that is saved, as one module; subclasses add what they keep beside heads, rows and
             adapters.
+        by_row: what is kept of every row beside the class rows, see :meth:`keep_by_row`.
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
@@ -147,13 +91,14 @@ class Method:
         self.device = next(backbone.parameters()).device
         width = backbone.row_dim if self.imprinted else backbone.feature_dim
         self.heads = Heads(width, self.device)
-        self.rows = RowMemory(backbone.row_dim, self.device)
+        self.rows = ClassStatistics(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
         for name, module in (("heads", self.heads), ("rows", self.rows), ("adapters", self.adapters)):
             self.learned.add_module(name, module)
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
+        self.by_row: list[ByRow] = []
         self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
@@ -267,6 +212,16 @@ class Method:
         features, labels = self.observe(loader)
         self.remember(task, features, labels)
 
+    def keep_by_row(self, name: str, part: ByRow) -> None:
+        """Adds what is learned and forgotten row by row, beside the class rows themselves.
+
+        Args:
+            name: under which it is saved.
+            part: a module.
+        """
+        self.learned.add_module(name, part)
+        self.by_row.append(part)
+
     def attach(self, first: int | None, projections: str, make: Callable[[int, int], nn.Module]) -> None:
         """Puts an update beside the qkv projection of each adapted layer.
 
@@ -277,6 +232,15 @@ class Method:
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
         self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
+
+    def attach_lora(self, config: AdapterFields) -> None:
+        """Puts one LoRA, which all tasks share, beside the qkv projection of each adapted layer."""
+        generator = self.generator(0, "adapter")
+        self.attach(
+            config.first_adapted_layer,
+            config.projections,
+            lambda dim, out: LowRank(dim, out, config.rank, generator),
+        )
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -294,7 +258,7 @@ class Method:
         self.orthogonal_norm = sum(moved) / len(moved) if moved else None
 
     @torch.no_grad()
-    def logits(self, images: Tensor, *, cached: bool = True) -> Readout:
+    def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
@@ -305,14 +269,14 @@ class Method:
         with self.context.reading(), self._computing.holding(not cached):
             encoding = self.encode(images)
         logits = self.head_logits(encoding)
-        log_q, familiarity = self.rows.readout(encoding.features)
+        log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
         log_task = self.task_posterior(encoding, log_q)
         calibrated = None
         if config.calibration != "none":
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
-        return Readout(
+        return BatchOutputs(
             logits.log_softmax(1),
             calibrated,
             log_task,
@@ -331,7 +295,9 @@ class Method:
             task: its index.
             kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
         """
-        seen_from = self.rows.reference
+        seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
+        for part in self.by_row:
+            part.forget(stays)
         self.heads.forget(task, kept)
         self.rows.forget(task, kept)
         if self.imprinted and not torch.equal(seen_from, self.rows.reference):
@@ -361,32 +327,32 @@ class Method:
             raise ValueError(str(error)) from error
         self.restored()
 
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Describes a saved state: what it holds beside the projections of the adapted layers.
+
+        Args:
+            config: the model's configuration.
+            tensors: the saved state.
+        """
+        return []
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """In a word, the part of a saved state that a tensor belongs to."""
+        part = name.split(".")[0]
+        return {"rows": "class rows"}.get(part, part)
+
     def restored(self) -> None:
         """After a load: what follows from the learned state and is not saved."""
         for wrapper in self.beside.values():
             wrapper.merge()
 
-    @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """Fills a new method with random numbers of the shapes that learning these tasks would leave.
-
-        For measurements: what a pass costs depends on how much has been learned, not on what. The state can
-        be saved, loaded and trained on like any other.
-        """
-        for task in tasks:
-            self.heads.open(len(task.classes), self.generator(task.index))
-            self.pretend(task.index)
-        self.heads.requires_grad_(False)
-        generator = self.generator(len(tasks), purpose=9)
-        self.rows.simulate([len(task.classes) for task in tasks], generator)
-        for parameter in self.adapters.parameters():
-            if not parameter.any():  # what starts at zero would be moved by training
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        for wrapper in self.beside.values():
-            wrapper.merge()
+        """For measurements: random numbers for what is learned beside heads, rows and adapters."""
 
     def pretend(self, task: int) -> None:
-        """As :meth:`grow` for :meth:`simulate`; a method may draw what takes long in a shorter way."""
+        """As :meth:`grow`, for measurements; a method may draw what takes long in a shorter way."""
         self.grow(task)
 
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
@@ -415,25 +381,11 @@ class Method:
         finally:
             self.config, self.seed = before
 
-    def generator(self, task: int, purpose: int = 0) -> torch.Generator:
-        """Random numbers for a task's initialisation, the same on every device and after every resume.
+    def generator(self, task: int, stream: RandomStream = "head") -> torch.Generator:
+        """Random numbers for a use in a task, the same on every device and after every resume.
 
         Args:
             task: index of the task.
-            purpose: 0 for the head; another number for every other use in the same task.
+            stream: what is drawn; every use in a task has a stream of its own.
         """
-        return torch.Generator().manual_seed((purpose * 1_000_033 + self.seed) * 1_000_003 + task)
-
-
-def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
-    """Layers that carry adapters: from ``first`` (default ``max(1, depth // 3)``) to the top.
-
-    Raises:
-        DualLoRAError: if no layer is left.
-    """
-    start = max(1, backbone.depth // 3) if first is None else first
-    if not start < backbone.depth:
-        raise DualLoRAError(
-            f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}."
-        )
-    return list(range(start, backbone.depth))
+        return generator(self.seed, task, stream)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from duallora.adapters.prefix import halves, put_prefixes
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Method
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ class CodaPrompt(Method):
 
     def grow(self, task: int) -> None:
         """Adds the task's components."""
-        generator = self.generator(task, purpose=1)
+        generator = self.generator(task, "adapter")
         for pool in self.pools.values():
             pool.grow(self.config.components_per_task, generator, self.device)
 
     def pretend(self, task: int) -> None:
         """Components that are random alone: orthogonal ones take minutes for many tasks."""
-        generator, count = self.generator(task, purpose=1), self.config.components_per_task
+        generator, count = self.generator(task, "adapter"), self.config.components_per_task
         for pool in self.pools.values():
             shapes = (
                 (pool.p, (count, pool.length, pool.dim)),

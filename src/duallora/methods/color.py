@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from duallora.adapters.lora import LowRank
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.heads import within_tasks
-from duallora.methods.base import Batch, Encoding, Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.classifiers.log_probabilities import within_tasks
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 
 # Added to the logs of tasks not chosen: nothing in a sum, and yet it leaves their classes apart in fp32.
@@ -25,25 +26,19 @@ _OTHER_TASK = -50.0
 
 
 @dataclass(frozen=True)
-class CoLoRConfig(MethodConfig):
+class CoLoRConfig(AdapterFields, MethodConfig):
     """Fields of CoLoR.
 
     Attributes:
         rank: r, rank of each task's adapter.
         centres: k-means centres of a task, at most as many as it has different images; null is twice its
             classes (class-incremental), the paper's domain-incremental streams have 5.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("centres",)
 
-    rank: int = 20
     centres: int | None = None
     projections: Literal["qv", "kv", "qkv"] = "qv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class PerTask(nn.Module):
@@ -121,7 +116,7 @@ class CoLoR(Method):
 
     def grow(self, task: int) -> None:
         """A pair in every adapted layer."""
-        generator = self.generator(task, purpose=1)
+        generator = self.generator(task, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator, self.device)
 
@@ -136,7 +131,7 @@ class CoLoR(Method):
         with torch.no_grad():
             features = parallel.gather(torch.cat([self.query(batch.images) for batch in loader()]))
         wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
-        seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
+        seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, "centres")))
         found = _centres(features, wanted, seed).to(self.device)
         of_task = self.centre_task.new_full((len(found),), task.index)
         self._set_centres(torch.cat([self.centres, found]), torch.cat([self.centre_task, of_task]))
@@ -145,9 +140,8 @@ class CoLoR(Method):
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With random centres."""
-        super().simulate(tasks)
         counts = [2 * len(t.classes) if self.config.centres is None else self.config.centres for t in tasks]
-        width, generator = self.backbone.feature_dim, self.generator(0, purpose=8)
+        width, generator = self.backbone.feature_dim, self.generator(0, "measurement")
         task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))
         centres = torch.randn(sum(counts), width, generator=generator)
         self._set_centres(centres.to(self.device), task.to(self.device))

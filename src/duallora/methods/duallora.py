@@ -7,7 +7,8 @@ paper's and what is ours stands in ``docs/method.md``, section by section in the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
-from duallora.adapters.wrapped_qkv import wrap_attention
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Encoding, Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
 
@@ -32,38 +34,31 @@ Place = tuple[int, str]  # (layer, group of projections that share a second mome
 
 
 @dataclass(frozen=True)
-class DualLoRAConfig(MethodConfig):
+class DualLoRAConfig(AdapterFields, MethodConfig):
     """Fields of DualLoRA; the first value of a choice is the default.
 
     Attributes:
         rank: r, rank of the orthogonal adapter.
         residual_rank: r_R, rank of the residual adapter.
-        projections: which of q, k and v are adapted.
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
         orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from; by default there is none (docs/residual.md).
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
-        first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
         top_tasks: most residual adapters that act on one image.
-        learning_rate: learning rate of the adapters.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
-    rank: int = 20
     residual_rank: int = 10
-    projections: Literal["kv", "qv", "qkv"] = "kv"
     moments: Literal["tokens", "class_token"] = "tokens"
     orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
     residual: Literal["none", "next", "protected", "own"] = "none"
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
-    first_adapted_layer: int | None = None
     top_tasks: int = 4
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses combinations that contradict each other.
@@ -270,6 +265,30 @@ class DualLoRA(Method):
 
     # -- state -----------------------------------------------------------------------------------------------
 
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Adapters and ``Phi`` of every layer and group."""
+        found: dict[Place, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, layer, group, rest = name.split(".", 3)
+                found[int(layer), group][rest] = tensor
+        return [
+            AdaptedPlace(
+                layer,
+                group,
+                *saved_ranks(own),
+                own["sizes"].tolist(),
+                own["phi"].shape[0] - own["phi"].shape[1],
+            )
+            for (layer, group), own in sorted(found.items())
+        ]
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """Orthogonal and residual adapters, bases and the gate beside what every method has."""
+        return part_of_place(name.split(".", 3)[3]) if name.startswith("layers.") else super().part_of(name)
+
     def restored(self) -> None:
         """Merges the updates; the gate knows as many tasks as there are heads."""
         super().restored()
@@ -283,8 +302,7 @@ class DualLoRA(Method):
 
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
-        super().simulate(tasks)
-        config, generator = self.config, self.generator(0, purpose=8)
+        config, generator = self.config, self.generator(0, "measurement")
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
             module = self.adapted[layer]
@@ -332,7 +350,7 @@ class DualLoRA(Method):
         """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
         by_layer = {layer: block for (layer, _), block in blocks.items()}
         for layer, point in self.memory.points.items():
-            point.observe(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
+            point.learn(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from duallora.adapters.prefix import Prefix, halves, put_prefixes, small, uniform
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Method
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class DualPrompt(Method):
     ) -> None:
         super().__init__(backbone, config, seed, context)
         g, e = prompted_blocks(config.g_layers, config.e_layers, backbone.depth)
-        generator = self.generator(0, purpose=1)
+        generator = self.generator(0, "adapter")
         general = [uniform(config.g_length, backbone.dim, generator=generator) for _ in range(g)]
         self.general = nn.ParameterList(nn.Parameter(prompt.to(self.device)) for prompt in general)
         self.experts = {
@@ -106,7 +107,7 @@ class DualPrompt(Method):
 
     def grow(self, task: int) -> None:
         """Adds the task's expert prompts and keys."""
-        generator = self.generator(task, purpose=2)
+        generator = self.generator(task, "expert prompts")
         for pool in self.experts.values():
             pool.grow(generator, self.device)
 

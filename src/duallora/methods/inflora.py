@@ -8,29 +8,31 @@ here and its trained ``A_t`` is ``U_t^T``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duallora.adapters.dual_gpm import DualGPM
-from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import energy_share, random_basis
-from duallora.adapters.wrapped_qkv import wrap_attention
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Loader, TaskInfo
 from duallora.storage.learned import SideBySide
 
 
 @dataclass(frozen=True)
-class InfLoRAConfig(MethodConfig):
+class InfLoRAConfig(AdapterFields, MethodConfig):
     """Fields of InfLoRA.
 
     Attributes:
@@ -38,15 +40,10 @@ class InfLoRAConfig(MethodConfig):
         lamb: eps of the first task, share of the squared eigenvalues that is protected; it grows with the
             tasks, see ``energy_share``.
         projections: which of q, k and v are adapted; they share a down-projection.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the up-projection.
     """
 
-    rank: int = 20
     lamb: float = 0.98
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses a share that is none.
@@ -76,8 +73,8 @@ class InfLoRA(Method):
         super().__init__(backbone, config, seed, context)
         layers, group = adapted_layers(backbone, config.first_adapted_layer), config.projections
         self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [group]))
-        self.memory = {layer: DualGPM(module.dim) for layer, module in self.adapted.items()}
-        places = {str(n): SideBySide(m.groups[group], self.memory[n]) for n, m in self.adapted.items()}
+        self.gpm = {layer: DualGPM(module.dim) for layer, module in self.adapted.items()}
+        places = {str(n): SideBySide(m.groups[group], self.gpm[n]) for n, m in self.adapted.items()}
         self.learned.add_module("layers", nn.ModuleDict(places))
         self.reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
 
@@ -90,8 +87,8 @@ class InfLoRA(Method):
         with self._moments() as moments, torch.no_grad(), self.context.autocast():
             for batch in loader():
                 self.backbone.project(batch.images, max(self.adapted))
-        for layer, memory in self.memory.items():
-            d = memory.design(moments[layer, group].value, self.config.rank).float().to(self.device)
+        for layer, gpm in self.gpm.items():
+            d = gpm.design(moments[layer, group].value, self.config.rank).float().to(self.device)
             if not d.shape[1]:
                 warnings.warn(
                     f"layer {layer}: no direction is left outside the earlier tasks' subspace; nothing is "
@@ -119,23 +116,22 @@ class InfLoRA(Method):
         with self._moments() as moments:
             features, labels = self.observe(loader)
         share = energy_share(self.config.lamb, task.index)
-        for layer, memory in self.memory.items():
-            memory.grow(moments[layer, group].value, share)
+        for layer, gpm in self.gpm.items():
+            gpm.grow(moments[layer, group].value, share)
         self.remember(task, features, labels)
 
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With random factors of every task, and a basis of ``rank`` more columns for each."""
-        super().simulate(tasks)
-        generator, rank = self.generator(0, purpose=8), self.config.rank
-        for layer, memory in self.memory.items():
+        generator, rank = self.generator(0, "measurement"), self.config.rank
+        for layer, gpm in self.gpm.items():
             module = self.adapted[layer]
             for task in tasks:
                 d = random_basis(module.dim, rank, generator).float().to(self.device)
                 module.groups[self.config.projections].simulate(task.index, d, d[:, :0], generator)
             module.refresh()
             columns = min(rank * len(tasks), module.dim // 2)
-            memory.basis = random_basis(module.dim, columns, generator)
+            gpm.basis = random_basis(module.dim, columns, generator)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """With the last class of a task also ``D_t U_t``, while it is apart; the basis stays."""
@@ -143,6 +139,27 @@ class InfLoRA(Method):
         if not bool(kept.any()):
             for module in self.adapted.values():
                 module.forget(task)
+
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """The merged update and the basis of every layer."""
+        found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, layer, rest = name.split(".", 2)
+                found[int(layer)][rest] = tensor
+        places = []
+        for layer, own in sorted(found.items()):
+            dim, columns = own["basis"].shape
+            free = columns if bool(own["retain"]) else dim - columns
+            rank, residual = saved_ranks(own)
+            places.append(AdaptedPlace(layer, config["projections"], rank, residual, [], free))
+        return places
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """The update and the bases beside what every method has."""
+        return part_of_place(name.split(".", 2)[2]) if name.startswith("layers.") else super().part_of(name)
 
     def restored(self) -> None:
         """Merges the updates."""

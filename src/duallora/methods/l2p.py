@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from duallora.adapters.prefix import ExtraTokens, small, uniform
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Method
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class L2P(Method):
         self, backbone: Backbone, config: L2PConfig, seed: int, context: MethodContext = ALONE
     ) -> None:
         super().__init__(backbone, config, seed, context)
-        size, generator = config.pool_size, self.generator(0, purpose=1)
+        size, generator = config.pool_size, self.generator(0, "adapter")
         prompts = uniform(size, config.prompt_length, backbone.dim, generator=generator)
         keys = small(size, backbone.feature_dim, generator=generator)
         self.pool = Pool(prompts, keys).to(self.device)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora.methods.base import Encoding, Loader, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.interface import Encoding, Loader, TaskInfo
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,9 +13,10 @@ from torch.nn import functional as F
 
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
-from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Loader, TaskInfo
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SLCA(Method):
         copies = {name.replace(".", "/"): p.detach().clone() for name, p in backbone.named_parameters()}
         self.adapters["backbone"] = nn.ParameterDict(copies)
         self.gaussians = Gaussians(backbone.feature_dim)
-        self.learned.add_module("gaussians", self.gaussians)
+        self.keep_by_row("gaussians", self.gaussians)
         self._swapping = threading.Lock()
 
     def extract(self, images: Tensor) -> Tensor:
@@ -99,19 +99,8 @@ class SLCA(Method):
             self.config.samples,
             self.config.refit_epochs,
             self.config.samples,
-            self.generator(task.index, purpose=1),
+            self.generator(task.index, "alignment"),
         )
-
-    @torch.no_grad()
-    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """With Gaussians for every row."""
-        super().simulate(tasks)
-        self.gaussians.simulate(sum(len(task.classes) for task in tasks))
-
-    def forget(self, task: int, kept: Tensor) -> None:
-        """With the Gaussians of the classes."""
-        self.gaussians.forget(self.rows.staying(task, kept))
-        super().forget(task, kept)
 
 
 def normalised_cross_entropy(logits: Tensor, rows: Tensor, task: Tensor, norm: float) -> Tensor:

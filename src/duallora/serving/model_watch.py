@@ -17,11 +17,11 @@ from torch import Tensor
 
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
+from duallora.methods.saved_state import description
 from duallora.outputs import Prediction
 from duallora.predictions import predictions
 from duallora.runtime.compute import Machine
 from duallora.storage import checkpoint
-from duallora.storage.description import description
 
 _RETRY = 10.0  # seconds; files of a model that is being copied may come after its model.json
 

@@ -22,7 +22,7 @@ from duallora.teaching.training_images import present
 from duallora.training import EVALUATION_BATCH, batches, chunked
 
 if TYPE_CHECKING:
-    from duallora.classifiers.class_statistics import RowMemory
+    from duallora.classifiers.class_statistics import ClassStatistics
     from duallora.forgetting import Forgotten
     from duallora.streams import FolderDataset, TaskDataset
 
@@ -124,7 +124,7 @@ def _evaluation_view(learner: ContinualLearner, image: object, _: int) -> Tensor
 
 
 @torch.no_grad()
-def _recognised(rows: RowMemory, features: Tensor, labels: Tensor, classes: int) -> Tensor:
+def _recognised(rows: ClassStatistics, features: Tensor, labels: Tensor, classes: int) -> Tensor:
     z, own = rows.whitened(features).cpu().double(), labels.cpu()
     count = torch.bincount(own, minlength=classes).double()
     mean = torch.zeros(classes, z.shape[1], dtype=z.dtype).index_add_(0, own, z) / count[:, None]

@@ -17,8 +17,6 @@ from compare_tools import (
     words_of,
 )
 
-# -- what is there already ----------------------------------------------------------------------------------
-
 
 def test_a_finished_run_counts_as_done_and_is_not_touched(
     call: Call, started: Started, finished: Path

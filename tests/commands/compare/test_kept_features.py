@@ -19,8 +19,6 @@ from tiny import tiny_backbone
 
 from duallora.backbones.frozen_features import FrozenFeatures
 
-# -- kept features ------------------------------------------------------------------------------------------
-
 
 def test_the_features_of_a_comparison_are_read_and_computed_once(
     call: Call, started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,8 +20,6 @@ from compare_tools import (
 
 from duallora.commands.subprocess_jobs import Job, run_jobs
 
-# -- processes ----------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Job]]:
