@@ -34,6 +34,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 FORK = multiprocessing.get_context("fork")
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process, and in those forked from it, time a few images only and draw nothing."""
+    monkeypatch.setattr("duallora.runs.results._SPEED_IMAGES", 4)
+    monkeypatch.setattr("duallora.runs.results._SPEED_REPEATS", 1)
+    monkeypatch.setattr("duallora.runs.report.accuracy_plot", lambda _: b"a plot")
+
+
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
