@@ -108,10 +108,21 @@ def test_one_task_of_two_epochs_is_that_of_one_process(tmp_path: Path, method: s
     assert one["final_accuracy"] > 0.4  # of four classes: what was learned is not nothing
 
 
+QUICK = """
+import sys
+from duallora.cli import main
+from duallora.runs import results
+
+results._SPEED_IMAGES, results._SPEED_REPEATS = 4, 1
+sys.exit(main())
+"""
+
+
 @pytest.mark.process
 def test_the_whole_digits_run_is_that_of_one_process(tmp_path: Path) -> None:
     assert main([*RUN, "--out", str(tmp_path / "one")]) == 0
-    finished(torchrun(*RUN, "--out", str(tmp_path / "two")))
+    (tmp_path / "quick.py").write_text(QUICK)
+    finished(torchrun(*RUN, "--out", str(tmp_path / "two"), entry=(str(tmp_path / "quick.py"),)))
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
         for x, y in zip(a, b, strict=True):
