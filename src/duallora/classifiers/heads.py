@@ -42,6 +42,12 @@ class Heads(Learned):
         head.weight.copy_(weight)  # type: ignore[operator]
         head.bias.copy_(bias)  # type: ignore[operator]
 
+    def copy_latest(self, other: Heads) -> None:
+        """Adds a copy of the latest head of ``other``."""
+        weight, bias = other.tasks[-1].weight.detach(), other.tasks[-1].bias.detach()  # type: ignore[operator, union-attr]
+        self.open(len(bias), torch.Generator())
+        self.imprint(weight, bias)
+
     @torch.no_grad()
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses outputs of the head of ``task``; ``kept`` (|Y_t|,), bool, says which of them stay."""

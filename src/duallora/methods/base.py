@@ -96,9 +96,8 @@ class Method:
         self.rows = ClassStatistics(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
-        parts = {"heads": self.heads, "starts": self.starts, "rows": self.rows, "adapters": self.adapters}
-        for name, module in parts.items():
-            self.learned.add_module(name, module)
+        for name in ("heads", "starts", "rows", "adapters"):
+            self.learned.add_module(name, getattr(self, name))
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
         self.by_row: list[ByRow] = []
@@ -128,8 +127,7 @@ class Method:
     def imprint(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Starts the task's head as the classifier of its rows, so that training goes on from there.
 
-        From a random start the adapters would learn to please a head that knows nothing yet, and a short
-        task would end before the head has caught up with the class statistics.
+        From a random start the adapters would learn to please a head that knows nothing yet.
 
         Args:
             task: the one being prepared.
@@ -141,9 +139,7 @@ class Method:
         if len(labels) > len(task.classes):  # single images have no spread to weigh features by
             self.heads.imprint(*self.rows.linear(task.index))
         if len(self.starts.tasks) == len(self.heads.tasks) - 1:  # a model that was saved without stays so
-            head = self.heads.tasks[-1]
-            self.starts.open(len(task.classes), self.generator(task.index))
-            self.starts.imprint(head.weight, head.bias)  # type: ignore[arg-type]
+            self.starts.copy_latest(self.heads)
 
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
@@ -155,8 +151,8 @@ class Method:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of the current task with their learning rates, as an optimiser takes them.
 
-        The current head at ``head_learning_rate``, whatever in ``adapters`` takes gradients at
-        ``learning_rate``. An empty list means that nothing is trained.
+        The head at ``head_learning_rate``, what takes gradients in ``adapters`` at ``learning_rate``; an
+        empty list: nothing is trained.
         """
         groups = [{"params": list(self.heads.tasks[-1].parameters()), "lr": self.config.head_learning_rate}]
         trained = [p for p in self.adapters.parameters() if p.requires_grad]
@@ -225,12 +221,7 @@ class Method:
         self.remember(task, features, labels)
 
     def keep_by_row(self, name: str, part: ByRow) -> None:
-        """Adds what is learned and forgotten row by row, beside the class rows themselves.
-
-        Args:
-            name: under which it is saved.
-            part: a module.
-        """
+        """Adds ``part``, learned and forgotten row by row beside the class rows, saved under ``name``."""
         self.learned.add_module(name, part)
         self.by_row.append(part)
 
@@ -317,8 +308,8 @@ class Method:
         self.rows.forget(task, kept)
         if self.imprinted and not torch.equal(seen_from, self.rows.reference):
             # Heads began as classifiers seen from what is forgotten now, and those to come cannot be.
-            for heads in (self.heads, self.starts):
-                heads.shift(*self.rows.seen_from(seen_from))
+            self.heads.shift(*self.rows.seen_from(seen_from))
+            self.starts.shift(*self.rows.seen_from(seen_from))
 
     def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
         """Log p(t|f) (n, T) from the pass and the posterior over rows (n, R)."""
