@@ -118,12 +118,11 @@ def curve(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = json.loads(place.read_text())
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    for line in found["lines"]:
-        axis.plot(line["steps"], line["accuracy"], marker=".", label=line["name"])
-    axis.axhline(found["frozen"], color="grey", linestyle=":", label="frozen")
-    axis.axhline(found["joint"], color="grey", linestyle="--", label="joint")
+    for name, figures in json.loads(place.read_text()).items():
+        trained = sorted((int(steps), value) for steps, value in figures.items() if steps != "0")
+        axis.plot(*zip(*trained, strict=True), marker=".", label=name)
+        axis.axhline(figures["0"], color="grey", linestyle=":")
     axis.set_xlabel("optimiser steps of the first task")
     axis.set_ylabel("accuracy of the rows (%)")
     axis.set_xscale("log")
