@@ -2,10 +2,10 @@
 
     python benchmarks/adapters_steps.py DATA [--out results/adapters] [--steps 25 50 ...]
 
-Held-back training images of ``gtsrb`` (15 a class; 25 a class are learned). Only the first task of eight trains;
-class rows of all tasks are then taken from the features that it left, as the default does in a single domain.
-Lines: the residual adapter (the default), and the orthogonal one alone. Writes ``OUT/steps.json``; a figure that
-is there is not computed again.
+Held-back training images of ``gtsrb`` (15 a class; 25 a class are learned). Only the first task of eight is
+trained; class rows of all tasks are then taken from the features it left, as the default does in a single
+domain. Lines: the residual adapter (the default), and the orthogonal one alone. Writes ``OUT/steps.json``; a
+figure that is there is not computed again.
 """
 
 from __future__ import annotations
