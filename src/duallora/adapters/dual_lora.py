@@ -142,7 +142,7 @@ class DualAdapter(Learned):
                 trained.copy_(0.02 * torch.randn(trained.shape, generator=generator))
         self.merge()
 
-    def forget(self, task: int, residual: int | None) -> None:
+    def forget(self, task: int, residual: int | None = None) -> None:
         """Loses the factors of ``task`` where they are not summed up yet, and the adapter ``residual``."""
         factors, owners = self.factors, self.owners
         kept = [i for i, owner in enumerate(owners) if owner != task]
@@ -280,7 +280,7 @@ class AdaptedQKV(WrappedQKV):
             adapter.merge()
         self.refresh()
 
-    def forget(self, task: int, residual: int | None) -> None:
+    def forget(self, task: int, residual: int | None = None) -> None:
         """Loses what ``task`` added, so far as it is still apart, and refreshes the effective weight.
 
         Args:
