@@ -43,7 +43,7 @@ def test_a_known_domain_is_joined_and_an_unknown_one_is_opened() -> None:
     assert residuals(learner) == {0, 2}
     for module in learner.method.adapted.values():  # type: ignore[attr-defined]
         for group in module.groups.values():
-            assert group.owners == [1]  # O learns only where R does not
+            assert group.owners == [0, 2]  # a known domain keeps its features
 
 
 def test_the_adapter_of_a_domain_gets_the_weights_of_all_its_tasks() -> None:

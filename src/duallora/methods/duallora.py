@@ -154,24 +154,29 @@ class DualLoRA(Method):
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
         config = self.config
+        if self.memory.domains.uses[task.index] != task.index:
+            return  # of a known domain: features stay as its first task made them, and rows where they are
         free = subspace.design(moment)
-        own = self.memory.domains.uses[task.index] == task.index
-        # The first task of a domain writes into its domain alone, the others into what all share.
-        a = free[:, : 0 if own and self._by_domain else config.rank]
-        if config.rank and not free.shape[1]:
-            warnings.warn(
-                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
-                f"the orthogonal adapter learns nothing there in {task.name!r}. A lower energy_threshold "
-                "leaves more room.",
-                stacklevel=2,
-            )
+        a = free[:, : config.rank]
         candidates = {
             "next": lambda: free[:, config.rank :],
             "protected": lambda: subspace.protected(moment),
             "own": lambda: own_directions(moment, a),
             "none": lambda: free[:, :0],
         }
-        psi = candidates[config.residual]()[:, : config.residual_rank if own else 0]
+        if self._by_domain and config.residual == "own":
+            # No other domain sees what R learns: it takes the strongest directions, and O what is left.
+            psi = own_directions(moment, free[:, :0])[:, : config.residual_rank]
+            a = own_directions(moment, torch.cat([subspace.phi, psi], 1))[:, : config.rank]
+        else:
+            psi = candidates[config.residual]()[:, : config.residual_rank]
+        if config.rank and not a.shape[1]:
+            warnings.warn(
+                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
+                f"the orthogonal adapter learns nothing there in {task.name!r}. A lower energy_threshold "
+                "leaves more room.",
+                stacklevel=2,
+            )
         a, psi = (basis.float().to(self.device) for basis in (a * DESIGNED_SCALE, psi))
         self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi)
 
@@ -325,7 +330,7 @@ class DualLoRA(Method):
                 basis = random_basis(module.dim, config.rank + wide, generator).float().to(self.device)
                 a, psi = basis[:, : config.rank].contiguous(), basis[:, config.rank :].contiguous()
                 own = self.memory.domains.uses[task.index] == task.index
-                a, psi = a[:, : 0 if own and self._by_domain else None], psi[:, : None if own else 0]
+                a, psi = a[:, : None if own else 0], psi[:, : None if own else 0]
                 module.groups[group].simulate(task.index, a, psi, generator)
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
