@@ -280,7 +280,7 @@ class Method:
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
         if self.realigned:  # they began under the covariance of their time, which later tasks change
-            logits = log_q + logits - self.starts(encoding.features)
+            logits = log_q + (logits - self.starts(encoding.features)) / 2
         return BatchOutputs(
             logits.log_softmax(1),
             calibrated,
