@@ -40,6 +40,8 @@ from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
 
+LEADER_RATE = 5.0  # what starts at random learns faster than what is imprinted
+
 
 class Method:
     """Heads and class rows on the final feature of a frozen backbone; subclasses add adapters to it.
@@ -65,6 +67,7 @@ class Method:
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
+        leader: the head that leads a task's training where it is not the task's own, see :meth:`lead`.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
@@ -94,6 +97,7 @@ class Method:
         self.heads = Heads(width, self.device)
         self.starts = Heads(width, self.device)
         self.rows = ClassStatistics(backbone.row_dim, self.device)
+        self.leader: Heads | None = None
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
         for name in ("heads", "starts", "rows", "adapters"):
@@ -141,6 +145,23 @@ class Method:
         if len(self.starts.tasks) == len(self.heads.tasks) - 1:  # a model that was saved without stays so
             self.starts.copy_latest(self.heads)
 
+    def lead(self, task: TaskInfo) -> None:
+        """Lets a head of its own, drawn at random and on the final feature, lead the task's training.
+
+        An imprinted head fits the task's images as it is, from features below the adapters too: it leaves
+        them nothing to learn. This one is thrown away by :meth:`settle`.
+        """
+        self.leader = Heads(self.backbone.feature_dim, self.device)
+        self.leader.open(len(task.classes), self.generator(task.index))
+
+    @torch.no_grad()
+    def settle(self, task: TaskInfo) -> None:
+        """After :meth:`lead` and once the rows are there: the task's head is the classifier of its rows."""
+        if self.leader is not None:
+            for heads in (self.heads, self.starts) if self.realigned else (self.heads,):
+                heads.imprint(*self.rows.linear(task.index))
+            self.leader = None
+
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
 
@@ -154,7 +175,8 @@ class Method:
         The head at ``head_learning_rate``, what takes gradients in ``adapters`` at ``learning_rate``; an
         empty list: nothing is trained.
         """
-        groups = [{"params": list(self.heads.tasks[-1].parameters()), "lr": self.config.head_learning_rate}]
+        rate = self.config.head_learning_rate * (1 if self.leader is None else LEADER_RATE)
+        groups = [{"params": list((self.leader or self.heads).tasks[-1].parameters()), "lr": rate}]
         trained = [p for p in self.adapters.parameters() if p.requires_grad]
         if trained:
             groups.append({"params": trained, "lr": vars(self.config)["learning_rate"]})
@@ -162,7 +184,7 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
-        return F.cross_entropy(self.heads.current(self.features(batch.images)), batch.labels)
+        return F.cross_entropy((self.leader or self.heads).current(self.features(batch.images)), batch.labels)
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
@@ -219,6 +241,7 @@ class Method:
         self.merge()
         features, labels = self.observe(loader)
         self.remember(task, features, labels)
+        self.settle(task)
 
     def keep_by_row(self, name: str, part: ByRow) -> None:
         """Adds ``part``, learned and forgotten row by row beside the class rows, saved under ``name``."""

@@ -147,7 +147,10 @@ class DualLoRA(Method):
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
+        first = self.memory.domains.uses[task.index] == task.index if self._by_domain else task.index == 0
         if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
+            if first and (self._by_domain or self.config.residual == "none"):
+                self.lead(task)
             for place, subspace in self.subspaces.items():
                 self._open(task, place, subspace, seen.moments[place].value)
 
@@ -197,7 +200,7 @@ class DualLoRA(Method):
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
         with self.context.autocast():
             features = self.encode(batch.images, (batch.labels, batch.indices)).features
-        return F.cross_entropy(self.heads.current(features), batch.labels)
+        return F.cross_entropy((self.leader or self.heads).current(features), batch.labels)
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -212,6 +215,7 @@ class DualLoRA(Method):
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
         self.remember(task, seen.features, seen.labels)
+        self.settle(task)
         self.memory.release()
 
     @torch.no_grad()

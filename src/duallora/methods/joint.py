@@ -39,6 +39,7 @@ class Joint(Method):
         self.attach_lora(config)
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
-        """One pass: the head starts as the classifier of the rows."""
+        """One pass for the rows; the head is their classifier, but does not lead the training."""
         super().prepare(task, loader)
         self.imprint(task, *self.observe(loader))
+        self.lead(task)
