@@ -102,9 +102,9 @@ def test_domains_survive_a_round_trip_and_learning_goes_on(tmp_path: Path) -> No
     assert_same_state(resumed, learner)
 
 
-def test_the_first_task_of_a_domain_does_not_move_another_ones_features() -> None:
+def test_the_residual_adapter_of_a_domain_does_not_move_another_ones_features() -> None:
     first, far = one_domain()[0], Patterns(["gnu", "hen"], 8, 5)
-    learner = learned([first])
+    learner = learned([first], rank=0)
     before = learner.outputs(first).features
     learner.learn(far)
     # Beside the gate's share of the new adapter nothing has changed.
@@ -123,3 +123,32 @@ def test_heads_answer_on_top_of_the_rows_as_they_are_now() -> None:
         found = method.logits(images)
         rows = method.rows.log_q(method.extract(images).float())
     assert torch.allclose(found.heads, rows, atol=1e-4)
+
+
+def test_a_thrown_away_head_leads_the_first_task_of_a_domain() -> None:
+    """The task's own head is the classifier of its rows then; later tasks of the domain train theirs."""
+    learner = learned(one_domain()[:2], known_domain=0.0)
+    method = learner.method
+    assert method.leader is None
+    first, second = (
+        (h.weight - s.weight) for h, s in zip(method.heads.tasks, method.starts.tasks, strict=True)
+    )
+    assert float(first.abs().max()) == 0.0
+    assert float(second.abs().max()) > 1e-4
+
+
+def test_what_leads_reads_the_final_feature_alone() -> None:
+    learner = new_learner(small_config(residual="own", known_domain=0.25), depth=DEPTH)
+    method, leading = learner.method, []
+    groups = method.parameter_groups
+
+    def watched() -> list[dict[str, Any]]:
+        found = groups()
+        leading.append([tuple(p.shape) for p in found[0]["params"]])
+        return found
+
+    method.parameter_groups = watched  # type: ignore[method-assign]
+    for task in one_domain()[:2]:
+        learner.learn(task)
+    assert leading[0] == [(2, method.backbone.feature_dim), (2,)]
+    assert leading[1] == [(2, method.backbone.row_dim), (2,)]
