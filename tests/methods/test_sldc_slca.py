@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from duallora import METHODS, ContinualLearner
 from duallora.methods import Batch, Method, TaskInfo
 from duallora.methods import slca as slca_module
-from duallora.methods.drift import linear_map, ridge_map
+from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
 from duallora.methods.slca import SLCA, normalised_cross_entropy
 from duallora.methods.sldc import SLDC, symmetric_cross_entropy
 
@@ -149,12 +149,12 @@ def test_old_rows_follow_the_linear_drift() -> None:
 
 
 def test_the_rows_of_both_columns_stay_together() -> None:
-    for drift in ("nonlinear", "linear", "none"):
+    for drift in ("nonlinear", "penalised", "linear", "none"):
         state = rows_before_and_after(drift)[0]
         final = state["rows.mean"][:, :WIDTH].float()
         assert_close(final, state["gaussians.mean"], rtol=1e-4, atol=1e-4)
         weighted = (state["rows.count"] - 1)[:, None, None] * state["gaussians.covariance"]
-        if drift != "nonlinear":  # whose pooled scatter moves by one Jacobian for all rows
+        if drift in ("linear", "none"):  # elsewhere the pooled scatter moves by one Jacobian for all rows
             scatter = state["rows.scatter"][:WIDTH, :WIDTH]
             assert_close(weighted.sum(0), scatter, rtol=1e-3, atol=1e-2)
 
@@ -171,6 +171,16 @@ def test_the_nonlinear_map_moves_rows() -> None:
     old, new = before["gaussians.mean"], after["gaussians.mean"][:2]
     assert float((new - old).norm()) > 0.05 * float((x - y)[:, :WIDTH].norm(dim=1).mean())
     assert torch.equal(after["gaussians.covariance"], after["gaussians.covariance"].mT)
+
+
+@pytest.mark.parametrize(("drift", "penalty"), [("nonlinear", 0.0), ("penalised", 0.5)])
+def test_the_released_map_has_no_penalty(drift: Any, penalty: float) -> None:
+    learner = started("sldc", 1, drift=drift, drift_steps=40)
+    x = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = sldc(learner)._drift(TaskInfo(1, "now", ("cat", "dog")), x, x.flip(1))
+    draws = learner.method.generator(1, purpose=2)
+    expected = weakly_nonlinear_map(x, x.flip(1), 40, draws, penalty)
+    assert torch.equal(found(x), expected(x))
 
 
 class Bent(nn.Module):

@@ -32,9 +32,10 @@ class SLDCConfig(MethodConfig):
         learning_rate: learning rate of the adapter.
         gamma_kd: weight of the distance to the features of the model before the task.
         gamma_norm: weight of the distance to their norms.
-        drift: how rows of earlier tasks follow the features: by a weakly nonlinear map, a linear one, or not.
+        drift: how rows of earlier tasks follow the features: by a nonlinear map, by one whose nonlinear share is
+            penalised, by a linear one, or not.
         alpha: ``linear`` is blended with the identity by ``exp(-n / (alpha d))``, n images.
-        drift_steps: Adam steps of the ``nonlinear`` map.
+        drift_steps: Adam steps of the ``nonlinear`` and ``penalised`` maps.
         samples: features drawn of every row and epoch to refit the heads.
         refit_epochs: epochs of the refit.
         refit_learning_rate: Adam's learning rate of the refit, cosine to zero.
@@ -48,7 +49,7 @@ class SLDCConfig(MethodConfig):
     learning_rate: float = 2e-3
     gamma_kd: float = 1.0
     gamma_norm: float = 0.1
-    drift: Literal["nonlinear", "linear", "none"] = "nonlinear"
+    drift: Literal["nonlinear", "penalised", "linear", "none"] = "nonlinear"
     alpha: float = 1.0
     drift_steps: int = 2000
     samples: int = 1024
@@ -129,9 +130,9 @@ class SLDC(Method):
         """The map of ``drift`` from the task's features (n, d) before training to those after it."""
         if self.config.drift == "linear":
             return linear_map(before, after, self.config.alpha)
-        return weakly_nonlinear_map(
-            before, after, self.config.drift_steps, self.generator(task.index, purpose=2)
-        )
+        penalty = 0.5 if self.config.drift == "penalised" else 0.0
+        generator = self.generator(task.index, purpose=2)
+        return weakly_nonlinear_map(before, after, self.config.drift_steps, generator, penalty)
 
     def _follow(self, task: TaskInfo, before: Tensor, after: Tensor) -> None:
         """Moves means by the map, covariances by its Jacobians there, the pooled one by their mean.
