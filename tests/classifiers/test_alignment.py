@@ -57,6 +57,24 @@ def test_every_row_has_its_own_covariance() -> None:
     assert torch.equal(other.covariance, model.covariance) and torch.equal(other.mean, model.mean)
 
 
+def test_trained_heads_are_kept_beside_the_refitted_ones() -> None:
+    model, heads = Gaussians(DIM), heads_of(2, 3)
+    for head in heads.tasks:
+        model.keep(head)
+    before = {name: x.clone() for name, x in heads.state_dict().items()}
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(1)
+    model.restore(heads)
+    assert all(torch.equal(x, before[name]) for name, x in heads.state_dict().items())
+    model.mean, model.covariance = torch.zeros(5, DIM), torch.zeros(5, DIM, DIM)
+    model.forget(torch.tensor([True, False, True, True, True]))
+    other = Gaussians(DIM)
+    other.load_state(model.state())
+    assert torch.equal(other.weight[:2], torch.stack([before["tasks.0.weight"][0], before["tasks.1.weight"][0]]))
+    assert len(other.bias) == 4
+
+
 def test_factors_are_of_the_covariances_with_a_ridge() -> None:
     model = Gaussians(DIM)
     features, labels = images()
@@ -146,7 +164,8 @@ def test_every_batch_holds_equal_shares_drawn_from_the_gaussians() -> None:
     assert not torch.equal(seen[0][0], seen[500 // 33][0]), "every epoch draws anew"
 
 
-def test_the_rate_of_a_refit_ends_at_zero() -> None:
+@pytest.mark.parametrize("end", [0.0, 0.1])
+def test_the_rate_of_a_refit_follows_a_cosine(end: float) -> None:
     rates: list[float] = []
 
     class Noted(torch.optim.SGD):
@@ -166,8 +185,10 @@ def test_the_rate_of_a_refit_ends_at_zero() -> None:
         5,
         2,
         random(),
+        end,
     )
-    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 40)) for i in range(40)])
+    cosine = [(1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)]
+    assert rates == pytest.approx([0.1 * (end + (1 - end) * share) for share in cosine])
 
 
 def test_a_refit_of_no_epoch_changes_nothing() -> None:

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from duallora import METHODS, ContinualLearner
 from duallora.methods import Batch, Method, TaskInfo
 from duallora.methods import slca as slca_module
+from duallora.methods import sldc as sldc_module
 from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
 from duallora.methods.slca import SLCA, normalised_cross_entropy
 from duallora.methods.sldc import SLDC, symmetric_cross_entropy
@@ -361,4 +362,42 @@ def test_gaussians_take_the_bytes_that_the_manual_says() -> None:
     for name in ("sldc", "slca"):
         state = started(name, 2).method.state()
         stored = sum(x.numel() * x.element_size() for key, x in state.items() if key.startswith("gaussians"))
-        assert stored == 4 * 5 * 32 * 33 and math.isclose(stored, 5 * 4 * 32 * (32 + 1))
+        assert stored == 5 * 4 * (32 + 1) ** 2
+
+
+# -- both ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "module", "first"), [("sldc", sldc_module, 1), ("slca", slca_module, 2)])
+def test_every_refit_starts_from_the_heads_as_they_were_trained(
+    name: str, module: Any, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released codes drop refitted heads before the next task; a forgotten class has none."""
+    learner, original, at_start = started(name), module.refit, []
+    trained: list[Tensor] = []
+    consolidate = learner.method.consolidate
+
+    def heads() -> Tensor:
+        return torch.cat(
+            [torch.cat([h.weight, h.bias[:, None]], 1).detach() for h in learner.method.heads.tasks]  # type: ignore[operator,index]
+        )
+
+    def trained_then(task: TaskInfo, loader: Any) -> None:
+        trained.append(heads()[-len(task.classes) :])
+        consolidate(task, loader)
+
+    def noted(*given: Any, **more: Any) -> None:
+        at_start.append(heads())
+        original(*given, **more)
+
+    monkeypatch.setattr(learner.method, "consolidate", trained_then)
+    monkeypatch.setattr(module, "refit", noted)
+    for task in TASKS[:2]:
+        learner.learn(task)
+    refitted = heads()
+    assert not torch.equal(refitted, torch.cat(trained)), "the refit did something"
+    learner.forget(name=TASKS[1].classes[1])
+    trained[1] = trained[1][[0, 2]]
+    learner.learn(TASKS[2])
+    assert len(at_start) == 4 - first
+    assert torch.equal(at_start[-1], torch.cat(trained))

@@ -38,7 +38,7 @@ class SLDCConfig(MethodConfig):
         drift_steps: Adam steps of the ``nonlinear`` and ``penalised`` maps.
         samples: features drawn of every row and epoch to refit the heads.
         refit_epochs: epochs of the refit.
-        refit_learning_rate: Adam's learning rate of the refit, cosine to zero.
+        refit_learning_rate: Adam's learning rate of the refit, cosine to a tenth.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("drift_steps", "samples", "refit_learning_rate")
@@ -114,16 +114,19 @@ class SLDC(Method):
         self._teacher, self._start = [], None
         self.remember(task, features, labels)
         self.gaussians.add(self.final(features), labels, len(task.classes))
+        self.gaussians.keep(self.heads.tasks[task.index])
+        self.gaussians.restore(self.heads)
         refit(
             self.heads,
             self.gaussians.mean,
-            self.gaussians.factors(1e-2),
+            self.gaussians.factors(1e-3),
             symmetric_cross_entropy,
             partial(torch.optim.Adam, lr=self.config.refit_learning_rate, weight_decay=1e-4),
             self.config.samples,
             self.config.refit_epochs,
-            4 * len(self.gaussians.mean),
+            3 * len(self.gaussians.mean),  # 3.2 a row there, and here as many of every row
             self.generator(task.index, purpose=3),
+            end=0.1,
         )
 
     def _drift(self, task: TaskInfo, before: Tensor, after: Tensor) -> nn.Module:
