@@ -71,7 +71,9 @@ def test_trained_heads_are_kept_beside_the_refitted_ones() -> None:
     model.forget(torch.tensor([True, False, True, True, True]))
     other = Gaussians(DIM)
     other.load_state(model.state())
-    assert torch.equal(other.weight[:2], torch.stack([before["tasks.0.weight"][0], before["tasks.1.weight"][0]]))
+    assert torch.equal(
+        other.weight[:2], torch.stack([before["tasks.0.weight"][0], before["tasks.1.weight"][0]])
+    )
     assert len(other.bias) == 4
 
 

@@ -38,7 +38,7 @@ class Protocol:
     Attributes:
         name: ``TABLE/ROW``.
         stream: The data set, its tasks and their order; the order 0 stands for each run's seed.
-        by_seed: Whether the class order is that of each run's seed; where the stream's own is alphabetical, the
+        by_seed: Whether the class order is that of each run's seed; where the stream's own is alphabetical,
             seed 0 keeps it, as in CODA-Prompt's code.
         backbone: The backbone, its preprocessing and the training views.
         method: The method and its fields.

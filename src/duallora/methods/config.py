@@ -21,8 +21,8 @@ class MethodConfig:
         batch_size: images per optimiser step.
         head_learning_rate: learning rate of the heads.
         optimizer: adam, adamw, or sgd with momentum .9.
-        schedule: of the learning rates over a task: one cosine to zero, none, a quarter of a cosine by epochs as
-            the code of CODA-Prompt and InfLoRA has it, or a tenth in the last fifth of the epochs.
+        schedule: of the learning rates over a task: one cosine to zero, none, a quarter of a cosine by epochs
+            as the code of CODA-Prompt and InfLoRA has it, or a tenth in the last fifth of the epochs.
         weight_decay: of everything that is trained, as the optimizer has it.
         calibration: how the calibrated readout joins heads, class model and task identity.
         tau: weight of the task posterior with ``calibration="task"``.

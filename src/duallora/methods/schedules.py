@@ -8,9 +8,9 @@ import math
 def rate_share(schedule: str, step: int, steps: int, epochs: int) -> float:
     """The share of the learning rate at an optimiser step, in [0, 1].
 
-    ``quarter-cosine`` is the schedule of the code that was released with CODA-Prompt and InfLoRA: a quarter of
-    a cosine to 1.6 %, but the counter of epochs starts one late, so that the first two epochs have the full
-    rate and the last one never gets there (4.7 / 9.7 / 39 % at 50 / 20 / 5 epochs).
+    ``quarter-cosine`` is the schedule of the code that was released with CODA-Prompt and InfLoRA: a quarter
+    of a cosine to 1.6 %, but the counter of epochs starts one late, so that the first two epochs have the
+    full rate and the last one never gets there (4.7 / 9.7 / 39 % at 50 / 20 / 5 epochs).
 
     Args:
         schedule: as the field of every method.

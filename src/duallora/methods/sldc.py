@@ -32,8 +32,8 @@ class SLDCConfig(MethodConfig):
         learning_rate: learning rate of the adapter.
         gamma_kd: weight of the distance to the features of the model before the task.
         gamma_norm: weight of the distance to their norms.
-        drift: how rows of earlier tasks follow the features: by a nonlinear map, by one whose nonlinear share is
-            penalised, by a linear one, or not.
+        drift: how rows of earlier tasks follow the features: by a nonlinear map, by one whose nonlinear share
+            is penalised, by a linear one, or not.
         alpha: ``linear`` is blended with the identity by ``exp(-n / (alpha d))``, n images.
         drift_steps: Adam steps of the ``nonlinear`` and ``penalised`` maps.
         samples: features drawn of every row and epoch to refit the heads.
