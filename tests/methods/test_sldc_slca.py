@@ -267,6 +267,22 @@ def test_the_heads_are_refitted_on_moved_samples() -> None:
     assert better.evaluate(data).accuracy > kept.evaluate(data).accuracy
 
 
+def test_a_refit_has_the_released_floor_batch_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(sldc_module, "refit", lambda *parts, **more: given.append((parts, more)))
+    learner = started("sldc", 2, refit_learning_rate=0.004)
+    (_, mean, factors, loss, optimizer, _, _, batch_size, _), more = given[-1]
+    model = sldc(learner).gaussians
+    assert torch.equal(mean, model.mean) and loss is symmetric_cross_entropy
+    floor = 1e-5 * model.covariance.diagonal(dim1=1, dim2=2).amax(1)
+    floor = floor.clamp(min=1e-3)[:, None, None] * torch.eye(WIDTH)
+    assert_close(factors @ factors.mT, model.covariance + floor, rtol=1e-4, atol=1e-4)
+    assert batch_size // len(mean) == 32 * len(mean) // 10 // len(mean) == 3, "3.2 a class there"
+    adam = optimizer([torch.zeros(1, requires_grad=True)]).param_groups[0]
+    assert (adam["lr"], adam["weight_decay"]) == (0.004, 1e-4)
+    assert more == {"end": 0.1}
+
+
 # -- SLCA ----------------------------------------------------------------------------------------------------
 
 
