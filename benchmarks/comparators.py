@@ -76,7 +76,7 @@ def sldc(seed: int, per_class: int) -> Iterator[tuple[str, float]]:
         if isinstance(last["map"], WeaklyNonlinear):
             yield f"{drift}, share of the MLP, %", 100 * float(last["map"].mix.softmax(0)[2])
     method: SLDC = last["method"]
-    draws = method.generator(last["task"].index, purpose=2)
+    draws = method.generator(last["task"].index, "drift")
     other = weakly_nonlinear_map(*last["features"], method.config.drift_steps, draws, penalty=0.5)
     with torch.no_grad():
         x = last["means"]

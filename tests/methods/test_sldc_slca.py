@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ TASKS = three_tasks()
 def started(name: str, tasks: int = 0, **changes: Any) -> ContinualLearner:
     """A learner of the first tasks that computes in fp32 everywhere."""
     learner = new_learner(small_config(name, **changes))
-    learner.method.autocast = nullcontext
+    learner.method.context = replace(learner.method.context, autocast=nullcontext)
     for task in TASKS[:tasks]:
         learner.learn(task)
     return learner
@@ -178,7 +179,7 @@ def test_the_released_map_has_no_penalty(drift: Any, penalty: float) -> None:
     learner = started("sldc", 1, drift=drift, drift_steps=40)
     x = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(0))
     found = sldc(learner)._drift(TaskInfo(1, "now", ("cat", "dog")), x, x.flip(1))
-    draws = learner.method.generator(1, purpose=2)
+    draws = learner.method.generator(1, "drift")
     expected = weakly_nonlinear_map(x, x.flip(1), 40, draws, penalty)
     assert torch.equal(found(x), expected(x))
 
@@ -222,7 +223,7 @@ def test_rows_that_read_the_final_feature_alone_follow_it() -> None:
     """A ViT of one layer that pools its patches has nothing beside the final feature."""
     config = small_config("sldc", first_adapted_layer=0, drift="linear", learning_rate=0.05)
     learner = new_learner(config, depth=1, global_pool="avg")
-    learner.method.autocast = nullcontext
+    learner.method.context = replace(learner.method.context, autocast=nullcontext)
     learner.learn(TASKS[0])
     before, images = state_of(learner), next(loader_of(learner, TASKS[1])()).images
     x = learner.method.extract(images)

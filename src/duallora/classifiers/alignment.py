@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.heads import Heads
 
 
-class Gaussians:
+class Gaussians(ByRow):
     """Mean (R, d), covariance (R, d, d) and trained head of every row, fp32 on the CPU.
 
     That takes ``4 (d + 1)^2`` bytes a row.
@@ -27,8 +28,15 @@ class Gaussians:
     """
 
     def __init__(self, dim: int) -> None:
-        self.mean, self.covariance = torch.zeros(0, dim), torch.zeros(0, dim, dim)
-        self.weight, self.bias = torch.zeros(0, dim), torch.zeros(0)
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(0, dim))
+        self.covariance: Tensor
+        self.register_buffer("covariance", torch.zeros(0, dim, dim))
+        self.weight: Tensor
+        self.register_buffer("weight", torch.zeros(0, dim))
+        self.bias: Tensor
+        self.register_buffer("bias", torch.zeros(0))
 
     def keep(self, head: nn.Module) -> None:
         """Keeps the head that training left the rows of a task."""
@@ -77,15 +85,6 @@ class Gaussians:
         eye = torch.eye(covariance.shape[1], dtype=torch.float64)
         factors: Tensor = torch.linalg.cholesky(covariance + least.clamp(min=ridge)[:, None, None] * eye)
         return factors.float()
-
-    def state(self) -> dict[str, Tensor]:
-        """Means, covariances and trained heads."""
-        return {name: getattr(self, name) for name in ("mean", "covariance", "weight", "bias")}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        for name in self.state():
-            setattr(self, name, tensors[name].cpu())
 
 
 @torch.enable_grad()
