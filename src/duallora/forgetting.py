@@ -105,9 +105,11 @@ def _recognised(rows: RowMemory, features: Tensor, labels: Tensor, classes: int)
     z, own = rows.whitened(features).cpu().double(), labels.cpu()
     count = torch.bincount(own, minlength=classes).double()
     mean = torch.zeros(classes, z.shape[1], dtype=z.dtype).index_add_(0, own, z) / count[:, None]
-    scores = z @ mean.T - mean.square().sum(1) / 2
+    share = rows.shares(count)  # as rows of so many images beside the known ones
+    scores = share * (z @ mean.T) - share.square() * mean.square().sum(1) / 2
     n = count[own][:, None]
     without = (n * mean[own] - z) / (n - 1)  # the mean of the other images of the class
+    without = rows.shares(count - 1)[own][:, None] * without
     alone = (z * without).sum(1) - without.square().sum(1) / 2
     scores = scores.scatter(1, own[:, None], alone[:, None])
     known = rows.scores(features).cpu().double()

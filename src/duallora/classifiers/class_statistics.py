@@ -3,7 +3,8 @@
 A *row* is a (task, class) pair. In the coordinates ``z = (f - m) C^-T`` with ``Sigma = C C^T`` (m: mean of
 the row means) the score ``s_c = f Sigma^-1 mu_c^T - 1/2 mu_c Sigma^-1 mu_c^T`` is ``z nu_c^T - |nu_c|^2 / 2``
 up to a term that is the same for all rows, and the Mahalanobis distance is ``|z - nu_c|``: one triangular
-solve in fp64 when rows change, small fp32 products afterwards.
+solve in fp64 when rows change, small fp32 products afterwards. In scores, rows of few images beside rows of
+many count with a share of their ``nu_c`` only (``few_images``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora.classifiers.covariance import shrunk, whitening
+from duallora.classifiers.few_images import shares, spread_of_means
 
 KAPPAS = torch.logspace(-1.3010299956639813, 0, 20, dtype=torch.float64)  # .05 to 1
 _CHUNK = 4096  # features are merged in chunks of this many, so that fp64 copies stay small
@@ -95,6 +97,7 @@ class RowMemory:
         self.tasks = 0  # learned so far, forgotten ones included
         self._forgotten = 0.0  # degrees of freedom that forgotten rows left in the scatter
         self._before = self.moments.scatter  # scatter without the latest task
+        self.shrinks = True  # whether scores know how many images a row has; see load_state
         # The temperature with the smallest loss summed over tasks; the largest among equals.
         self.kappa = best_kappa(KAPPAS, self.losses)
         self._refresh()
@@ -118,6 +121,7 @@ class RowMemory:
         """Adds the rows of ``task``; those of an earlier pass over the same task are replaced."""
         if task != self.tasks - 1:
             self._before = self.moments.scatter
+        self.shrinks = True
         old = self.task < task
         count, mean = self.moments.count[old], self.moments.mean[old]
         self.task = torch.cat([self.task[old], torch.full((len(new.count),), task)])
@@ -178,18 +182,29 @@ class RowMemory:
 
     def scores(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Row scores ``s`` (n, R) up to a constant per image; ``own`` leaves each image out of its row."""
-        return self._scores(self.whitened(f), own)
+        z = self.whitened(f)
+        return self._scores(z, z @ self._nu.T, own)
 
-    def _scores(self, z: Tensor, own: Own | None) -> Tensor:
-        """As :meth:`scores`, for features in whitened coordinates (n, d)."""
-        scores: Tensor = z @ self._nu.T - self._half
+    def _scores(self, z: Tensor, products: Tensor, own: Own | None) -> Tensor:
+        """As :meth:`scores`, for features in whitened coordinates (n, d) and ``z nu^T`` (n, R)."""
+        scores: Tensor = self._shares * products - self._shares.square() * self._half
         if own is None:
             return scores
-        nu = self._left_out(own)
+        share = self.shares(self._count[own.row] - 1)
+        nu = share[:, None] * self._left_out(own)
         value = (z * nu).sum(1) - nu.square().sum(1) / 2
-        # Without its only image a row does not exist; where it is the only row, it stays.
+        return scores.scatter(1, own.row[:, None], self._unless_alone(own, value, -torch.inf)[:, None])
+
+    def _unless_alone(self, own: Own, value: Tensor, gone: float) -> Tensor:
+        """Without its only image a row does not exist; where it is the only row, it stays."""
         alone = (self._count[own.row] <= 1) & (len(self._count) > 1)
-        return scores.scatter(1, own.row[:, None], torch.where(alone, -torch.inf, value)[:, None])
+        return torch.where(alone, gone, value)
+
+    def shares(self, count: Tensor) -> Tensor:
+        """Share of ``nu`` that scores take of rows with so many images each (k,); see ``few_images``."""
+        if not self.shrinks:
+            return torch.ones_like(count)
+        return shares(count, float(self._count.max()), self._between, self._trace)
 
     def log_q(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Log-posterior over rows (n, R), uniform prior over rows."""
@@ -207,18 +222,28 @@ class RowMemory:
     def distance(self, f: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
         """Smallest Mahalanobis distance to a row's mean (n,) and the row it belongs to (n,)."""
         z = self.whitened(f)
-        return self._nearest(z, self._scores(z, own))
+        square = self._squares(z, z @ self._nu.T)
+        if own is not None:
+            mine = (z - self._left_out(own)).square().sum(1)
+            square = square.scatter(1, own.row[:, None], self._unless_alone(own, mine, torch.inf)[:, None])
+        return self._nearest(square)
+
+    def _squares(self, z: Tensor, products: Tensor) -> Tensor:
+        """Squared distances (n, R) to the means as they are."""
+        squares: Tensor = z.square().sum(1, keepdim=True) - 2 * (products - self._half)
+        return squares
 
     @staticmethod
-    def _nearest(z: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        best, row = (z.square().sum(1, keepdim=True) - 2 * scores).min(1)
+    def _nearest(squares: Tensor) -> tuple[Tensor, Tensor]:
+        best, row = squares.min(1)
         return best.clamp(min=0).sqrt(), row
 
     def readout(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), whose largest part is the same."""
         z = self.whitened(f)
-        scores = self._scores(z, None)
-        return (self.kappa * scores).log_softmax(1), self._familiarity(*self._nearest(z, scores))
+        products = z @ self._nu.T
+        log_q = (self.kappa * self._scores(z, products, None)).log_softmax(1)
+        return log_q, self._familiarity(*self._nearest(self._squares(z, products)))
 
     def familiarity(self, f: Tensor) -> Tensor:
         """``sigmoid((q95 - m) / s)`` (n,), q95 and s of the nearest row's task."""
@@ -256,7 +281,7 @@ class RowMemory:
         """
         centre = self.reference.float().to(self.device)
         mine = (self.task == task).to(self.device)
-        nu = self._nu[mine] + (self._centre - centre) @ self._map
+        nu = self._shares[mine, None] * self._nu[mine] + (self._centre - centre) @ self._map
         weight = self.kappa * nu @ self._map.T
         return weight, -(weight @ centre) - self.kappa * nu.square().sum(1) / 2
 
@@ -289,6 +314,8 @@ class RowMemory:
         """Statistics of all rows (fp64), kappa losses and distances of every task."""
         m = self.moments
         tensors = {"task": self.task, "count": m.count, "mean": m.mean, "scatter": m.scatter}
+        if self.shrinks:
+            tensors["shrinks"] = torch.tensor([True])
         for task, losses in self.losses.items():
             tensors[f"fit.{task}"] = torch.cat(
                 [losses, torch.tensor(self.distances[task], dtype=torch.float64)]
@@ -298,8 +325,12 @@ class RowMemory:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
+        """Restores what :meth:`state` gave.
+
+        Rows that were saved before there were :meth:`shares` answer as they did, until the next task.
+        """
         self.task = tensors["task"].cpu()
+        self.shrinks = "shrinks" in tensors
         self.moments = ClassMoments(tensors["count"].cpu(), tensors["mean"].cpu(), tensors["scatter"].cpu())
         for name in sorted((n for n in tensors if n.startswith("fit.")), key=lambda n: int(n.split(".")[1])):
             task, values = int(name.split(".")[1]), tensors[name].cpu()
@@ -355,23 +386,30 @@ class RowMemory:
         self.row_task = self.task.to(self.device)
         self._member = F.one_hot(self.row_task, max(self.tasks, 1)).float()
         self._tabulate()
+        self._trace, self._between = 0.0, 0.0
         if not len(self.task):
             nu, inverse = m.mean, torch.zeros(self.dim, 0)  # there is nothing to be far from
             centre = torch.zeros(self.dim, dtype=torch.float64)
         else:
             centre = m.mean.mean(0)
-            nu, inverse = whitening(self._covariance(), m.mean - centre, self.device)
+            found, sigma = self._covariance()
+            nu, inverse = whitening(sigma, m.mean - centre, self.device)
+            # tr(S), S = C^-1 found C^-T, where sigma = C C^T differs from found on the diagonal alone
+            added = (sigma - found).diagonal().to(inverse.device)
+            self._trace = self.dim - float((added * inverse.square().sum(1)).sum())
+            self._between = spread_of_means(nu.cpu(), m.count, self._trace)
         self._nu, self._map = nu.float().to(self.device), inverse.float().to(self.device)
         self._centre, self._count = centre.float().to(self.device), m.count.float().to(self.device)
         self._half = self._nu.square().sum(1) / 2
+        self._shares = self.shares(self._count) if len(self._count) else self._count
 
-    def _covariance(self) -> Tensor:
-        """Within-class covariance (d, d), shrunk."""
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        """Within-class covariance (d, d), as it was found and shrunk."""
         m = self.moments
         scatter, freedom = m.scatter, self.freedom
         if freedom < 1:  # single images say nothing of the spread in a class: as wide as that between them
             scatter, freedom = torch.diag((m.mean - m.mean.mean(0)).square().sum(0)), max(len(m.mean) - 1, 1)
-        return shrunk(scatter, freedom)
+        return scatter / freedom, shrunk(scatter, freedom)
 
 
 def best_kappa(grid: Tensor, losses: dict[int, Tensor]) -> float:
