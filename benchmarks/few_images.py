@@ -5,8 +5,8 @@
 FOLDER holds images in ``train/<class>/`` and ``val/<class>/``. Of every stream, up to 40 classes are drawn by
 the seed: one half is learned from up to 100 images a class, then the other half from n of each. Nothing is
 trained: one pass of the embedded backbone, then class rows on what the package reads, gate rows at the first
-adapted layer, and heads that start as classifiers of their rows. For each of them the recall of the classes of
-many images and that of the classes of few (the gate: of their tasks), with
+adapted layer, and heads that start as classifiers of their rows. For each of them the recall of the classes
+of many images and that of the classes of few (the gate: of their tasks), with
 
 - plain: every row's mean as it was found;
 - constant: the same, ``tr(S) / (2 n)`` added to the score of a row of n images;
