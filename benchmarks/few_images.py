@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from duallora.backbones.backbone import Backbone, load_backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics, shrunk
 from duallora.data.images import read_image
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
@@ -74,19 +74,19 @@ def stream(backbone: Backbone, folder: Path | None) -> tuple[Looked, Looked]:
     return found[0], found[1]
 
 
-def rows_of(tasks: list[Task], rule: str) -> tuple[RowMemory, list[tuple[Tensor, Tensor]]]:
+def rows_of(tasks: list[Task], rule: str) -> tuple[ClassStatistics, list[tuple[Tensor, Tensor]]]:
     """Rows of two tasks, and the classifiers that their heads would start as, each in its time."""
-    rows, heads = RowMemory(tasks[0][0].shape[1], CPU), []
+    rows, heads = ClassStatistics(tasks[0][0].shape[1], CPU), []
     for t, (f, y) in enumerate(tasks):
         rows.replace(t, ClassMoments.of(f, y, int(y.max()) + 1))
         if rule != "package":  # rows saved before there were shares answer without them
-            rows.load_state({name: x for name, x in rows.state().items() if name != "shrinks"})
-        rows.fit(t, f, y)
+            rows.load_state_dict({name: x for name, x in rows.state_dict().items() if name != "shrinks"})
+        rows.fit_temperature(t, f, y)
         heads.append(rows.linear(t))
     return rows, heads
 
 
-def sampling_error(rows: RowMemory) -> Tensor:
+def sampling_error(rows: ClassStatistics) -> Tensor:
     """``tr(S) / (2 n)`` of every row (R,)."""
     found = rows.moments.scatter / rows.freedom
     trace = float(torch.linalg.solve(shrunk(rows.moments.scatter, rows.freedom), found).trace())

@@ -28,9 +28,9 @@ from small_tasks import (
 from tiny import tiny_backbone
 
 from duallora import METHODS, ContinualLearner, DualLoRAError, load_backbone
-from duallora.adapters.inject import unwrap_attention
-from duallora.metrics import class_probabilities
+from duallora.adapters.wrapped_qkv import unwrap_attention
 from duallora.outputs import Outputs
+from duallora.predictions import class_probabilities
 from duallora.streams.task import TaskDataset, as_task_dataset, concatenated
 
 pytestmark = [

@@ -4,8 +4,8 @@ The mean of n images misses the true one by ``S / n`` (S: the within-class covar
 which scores are taken), so that ``-|nu|^2 / 2`` is too low by ``tr(S) / (2 n)`` on average: a row of a few
 images loses to those of many. Where true means lie ``b`` from their centre in the mean square, the best
 linear guess of one is ``n b / (n b + tr(S))`` of what was found, which has no such excess and less noise as
-well. To add ``tr(S) / (2 n)`` alone would leave the noise, and where classes lie close together such rows would
-win most images (``docs/method.md``).
+well. To add ``tr(S) / (2 n)`` alone would leave the noise, and where classes lie close together such rows
+would win most images (``docs/method.md``).
 """
 
 from __future__ import annotations
