@@ -274,7 +274,7 @@ def _refuse_parts(files: Sequence[Found]) -> None:
     found_parts = parts(inside, "this folder")
     if found_parts is not None:
         shown = " and ".join(f"{each}/" for each in (found_parts.train, found_parts.held_out) if each)
+        wanted = f"its {found_parts.train}/" if found_parts.train else "the images to learn from"
         raise DualLoRAError(
-            f"this folder holds {shown}; give the one with the images to learn from alone, the page holds "
-            "images back itself."
+            f"this folder holds {shown}; give {wanted} alone, the page holds images back itself."
         )

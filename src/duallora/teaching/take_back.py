@@ -16,6 +16,7 @@ from torch import Tensor
 
 from duallora.learner import ContinualLearner
 from duallora.storage import checkpoint
+from duallora.streams.names import normal
 from duallora.streams.task import as_task_dataset, positions_by_class
 from duallora.teaching.measure import Measured
 from duallora.teaching.training_images import present
@@ -87,7 +88,8 @@ def take_back(
     with checkpoint.exclusive(model):
         learner = ContinualLearner.load(model, device=device)
         known = list(learner.classes)
-        stay = {c for record in learner.tasks if record.name != task for c in record.classes if c != name}
+        gone = None if name is None else normal(name)
+        stay = {c for r in learner.tasks if r.name != task for c in r.classes if normal(c) != gone}
         others = None if check is None else _of_classes(check, stay)
         before = Measured.on(learner, others)
         forgotten = learner.forget(task=task, name=name)
