@@ -17,6 +17,8 @@ from duallora.bench.synthetic import simulated_learner
 from duallora.export import METADATA, OUTPUTS, Format, export, metadata
 from duallora.predictions import class_probabilities, task_probabilities
 
+pytestmark = pytest.mark.slow
+
 FORMATS: tuple[Format, ...] = ("torch-export", "onnx")
 CONFIG = DualLoRAConfig(rank=4, residual="own", residual_rank=4, epochs=1)
 OTHER = "vit_tiny_patch16_224.augreg_in21k"

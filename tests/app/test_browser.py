@@ -24,7 +24,7 @@ from playwright import sync_api
 
 from duallora.cli import main
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 HOSTILE = '<img src=x onerror="document.title=1">${1+1}'
 sync_api.expect.set_options(timeout=LONG)

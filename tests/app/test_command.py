@@ -29,12 +29,14 @@ def test_the_command_refuses_what_it_cannot_do(
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.process
 def test_gradio_is_imported_by_the_command_alone() -> None:
     code = "import sys, duallora, duallora.commands.app, duallora.app.session; print('gradio' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
     tmp_path: Path, number: signal.Signals
@@ -64,6 +66,7 @@ def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.process
 def test_interrupting_the_command(tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="the extra app is not installed")
     with running_app(tmp_path / "model") as (_, process):

@@ -194,6 +194,7 @@ def learned(make: Callable[[], Backbone], folder: Path, name: str, **changes: An
     return outputs
 
 
+@pytest.mark.slow
 @families
 @pytest.mark.parametrize("residual", ["none", "own"])
 def test_two_tasks_are_learned_and_survive_a_folder(family: Family, residual: str, tmp_path: Path) -> None:

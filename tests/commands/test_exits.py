@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from command_line import Call, assert_refused, caller, images
 
 import duallora
 from duallora import ContinualLearner
+from duallora.cli import main
 from duallora.storage import checkpoint
+
+FORK = multiprocessing.get_context("fork")
 
 
 def test_an_unexpected_error_is_one_sentence_and_a_traceback_only_on_demand(
@@ -73,6 +78,7 @@ def _duallora(*words: object, entry: str = ENTRY, **settings: Any) -> subprocess
     return subprocess.Popen(command, text=True, **(pipes | settings))
 
 
+@pytest.mark.process
 def test_the_console_entry_teaches_and_predicts(tmp_path: Path) -> None:
     folder = images(tmp_path / "pets", ["cat", "dog"], 3)
     taught = _duallora("learn", tmp_path / "model", folder, "--epochs", 1)
@@ -84,10 +90,11 @@ def test_the_console_entry_teaches_and_predicts(tmp_path: Path) -> None:
     assert asked.returncode == 0
 
 
+@pytest.mark.process
 def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     folder = images(tmp_path / "pets", ["cat", "dog"], 3)
     entry = (
-        "from duallora import progress; progress._SILENCE = -1; "
+        "from duallora.runtime import progress; progress._SILENCE = -1; "
         "from duallora.cli import main; raise SystemExit(main())"
     )
     words = ["learn", tmp_path / "model", folder, "--epochs", 100_000]
@@ -105,6 +112,7 @@ def test_ctrl_c_while_learning_exits_with_130_and_leaves_nothing(tmp_path: Path)
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.process
 def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Killed at a random moment of the lesson, then just after the first change of the folder."""
     call = caller(capsys)
@@ -112,12 +120,16 @@ def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str],
     cars = images(tmp_path / "cars", ["bus", "van"], 3)
     assert call("learn", model, pets, "--epochs", 1).code == 0
     chance = random.Random(0)
-    # Once it is done it waits to be killed: whoever kills it may be late.
-    entry = "import time; from duallora.cli import main; main(); time.sleep(600)"
+
+    def learn(epochs: int) -> None:
+        main(["learn", str(model), str(cars), "--epochs", str(epochs)])
+        time.sleep(600)  # to be killed: whoever does so may be late
+
     for saving in (False, True):
         (model / ".lock").unlink()
         before = sorted([*_names(model), ".lock"])
-        learning = _duallora("learn", model, cars, "--epochs", 1 if saving else 100_000, entry=entry)
+        learning = FORK.Process(target=learn, args=(1 if saving else 100_000,))
+        learning.start()
         try:
             _wait_until((model / ".lock").exists, learning)
             if saving:
@@ -125,8 +137,8 @@ def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str],
             time.sleep(chance.random() / (500 if saving else 1))
         finally:
             learning.kill()
-            learning.communicate()
-        assert learning.returncode == -signal.SIGKILL
+            learning.join()
+        assert learning.exitcode == -signal.SIGKILL
         tasks = [task.name for task in ContinualLearner.load(model, device="cpu").tasks]
         assert tasks in ([["pets"], ["pets", "cars"]] if saving else [["pets"]])
     assert call("learn", model, cars, "--epochs", 1, "--name", "more").code == 0
@@ -135,10 +147,10 @@ def test_real_kills_of_a_command_that_learns(capsys: pytest.CaptureFixture[str],
     assert not [name for name in _names(model) if name.endswith(".tmp")]
 
 
-def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def _wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
     end = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, "it ended before it could be killed"
+        assert process.is_alive() and time.monotonic() < end, "it ended before it could be killed"
         time.sleep(0.001)
 
 
@@ -146,6 +158,7 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
+@pytest.mark.process
 def test_a_closed_pipe_is_no_error_to_talk_about() -> None:
     reader, writer = os.pipe()
     os.close(reader)  # before anything can be written

@@ -66,6 +66,7 @@ def test_a_model_is_taught_asked_measured_and_taken_back(
     assert_refused(call("undo", model), "othing to undo")
 
 
+@pytest.mark.slow
 def test_every_method_can_be_taught_and_inspected(call: Call, pets: Path, tmp_path: Path) -> None:
     for name in METHODS:
         assert call("learn", tmp_path / name, pets, "--method", name, "--epochs", 1).code == 0

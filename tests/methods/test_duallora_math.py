@@ -260,6 +260,7 @@ def digits() -> tuple[DualLoRA, dict[int, Tensor], dict[int, Tensor], dict[int, 
     return method, tokens, phi, {layer: (a.double(), b.double()) for layer, (a, b) in updates.items()}
 
 
+@pytest.mark.slow
 def test_on_real_images_the_update_moves_old_tokens_less_than_the_unprotected_energy_allows(
     digits: Any,
 ) -> None:

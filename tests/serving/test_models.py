@@ -298,6 +298,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
         process.communicate()
 
 
+@pytest.mark.process
 def test_the_command_serves_until_it_is_stopped(served: tuple[str, subprocess.Popen[str], Path]) -> None:
     import signal
 

@@ -98,6 +98,7 @@ def test_no_process_outlives_an_interruption(
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.process
 def test_runs_are_processes_of_their_own(real: tuple[Path, Called]) -> None:
     folder, called = real
     out = folder / "out"
