@@ -7,7 +7,6 @@ import io
 import math
 import re
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +205,15 @@ def _read(source: str | Path | io.BytesIO, name: str, max_pixels: int) -> Image.
 def _foreign(source: str | Path | io.BytesIO, name: str) -> DualLoRAError | None:
     """The sentence about a file of a kind that is not read here; None where it is only broken."""
     try:
-        # A path is opened, what is open already is read from its beginning.
-        by_path = isinstance(source, (str, Path))
-        with open(source, "rb") if by_path else nullcontext(source) as opened:  # noqa: PTH123
-            opened.seek(0)
-            kind = foreign_kind(opened.read(_HEAD))
+        if isinstance(source, (str, Path)):
+            with Path(source).open("rb") as file:
+                head = file.read(_HEAD)
+        else:
+            source.seek(0)
+            head = source.read(_HEAD)
     except OSError:
         return None
+    kind = foreign_kind(head)
     if kind is None or kind in Image.OPEN:  # AVIF, where Pillow has it: then it is only broken
         return None
     return DualLoRAError(f"{name} is {kind}, which is not read here: {remedy(kind)}")

@@ -15,11 +15,12 @@ from duallora.errors import DualLoRAError
 
 Role = Literal["train", "val", "test"]
 
-_WORDS: dict[str, Role] = (
-    dict.fromkeys(("train", "training", "trn"), "train")
-    | dict.fromkeys(("val", "valid", "validate", "validation", "eval", "evaluation"), "val")
-    | dict.fromkeys(("test", "testing", "tst"), "test")
-)
+_NAMES: dict[Role, tuple[str, ...]] = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validate", "validation", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+_WORDS: dict[str, Role] = {word: part for part, words in _NAMES.items() for word in words}
 _AFTER = re.compile(r"(s|set|sets|data|dataset|images|imgs|split|folder)?\d*")
 _BETWEEN = re.compile(r"[\s._-]+")
 
