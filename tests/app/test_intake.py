@@ -81,7 +81,7 @@ def names(*shown: str) -> list[Found]:
         (["box/robin/a.png"], "", {"robin": 1}),
         (["box/a.png", "box/more/b.png"], "", {"box": 2}),
         (["box/train/robin/a.png", "box/train/wren/a.png"], "", {"robin": 1, "wren": 1}),
-        (["box/train/a.png", "box/test/a.png"], "", {"train": 1, "test": 1}),
+        (["box/train/a.png", "box/test/a.png", "box/car/a.png"], "", {"train": 1, "test": 1, "car": 1}),
     ],
     ids=str,
 )
@@ -105,6 +105,13 @@ def test_files_without_a_name_and_divided_folders_are_refused() -> None:
         by_class(names("a.png"), "  ", [])
     with pytest.raises(DualLoRAError, match="give its train/ alone"):
         by_class(names("box/train/robin/a.png", "box/val/robin/b.png"), "", [])
+    for train, held in (("Train", "Valid"), ("training", "Validation")):
+        with pytest.raises(DualLoRAError, match=f"holds {train}/ and {held}/; give its {train}/ alone"):
+            by_class(names(f"box/{train}/robin/a.png", f"box/{held}/robin/b.png"), "", [])
+    with pytest.raises(DualLoRAError, match="may be classes or parts"):
+        by_class(names("box/train/steam/a.png", "box/bus/b.png"), "", [])
+    with pytest.raises(DualLoRAError, match="no class folders"):
+        by_class(names("box/Train/a.png", "box/Val/b.png"), "", [])
     with pytest.raises(DualLoRAError, match="no file"):
         Draft().add([], "robin")
 

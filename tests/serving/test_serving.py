@@ -29,7 +29,7 @@ def test_raw_bytes_and_forms_are_answered_as_predict_does(client: TestClient) ->
     raw = client.post("/predict", content=picture(1), headers=RAW)
     assert raw.status_code == 200 and raw.headers["x-model-generation"] == "first"
     (answer,) = raw.json()["predictions"]
-    fields = ["path", "class", "probability", "task", "task_confidence", "unknown", "top"]
+    fields = ["path", "class", "probability", "task", "task_confidence", "unknown", "called_unknown", "top"]
     assert list(answer) == fields and answer["path"] is None and len(answer["top"]) == 3
     several = client.post("/predict?top=1", files=form(picture(1), picture(2, "JPEG"), picture(3, "GIF")))
     answers = several.json()["predictions"]

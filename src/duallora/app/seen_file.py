@@ -10,6 +10,7 @@ from PIL import Image
 
 from duallora.app.uploads import Found
 from duallora.data.images import is_image_name, read_image
+from duallora.data.unreadable import kind_of_file, remedy
 from duallora.errors import DualLoRAError
 from duallora.storage.atomic import sha256_of
 
@@ -46,7 +47,12 @@ class Seen:
             return cls(found.path, name, "", f"it could not be read ({error.strerror or error})")
         try:
             if not is_image_name(found.path):
-                raise DualLoRAError("it is not an image by its name")
+                kind = kind_of_file(found.path)
+                raise DualLoRAError(
+                    f"it is {kind}, which is not read here: {remedy(kind)}"
+                    if kind
+                    else "it is not an image by its name"
+                )
             image = read_image(found.path)
         except DualLoRAError as error:
             return cls(found.path, name, digest, str(error).removeprefix(f"{found.path} "))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import io
-import os
+import math
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from duallora.data.folder_walk import walk
+from duallora.data.unreadable import foreign_kind, remedy
 from duallora.errors import DualLoRAError
 
 MAX_PIXELS: int = 178_956_970
@@ -30,6 +33,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG200
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _SYSTEM_FOLDERS = frozenset({"__MACOSX"})
 _ORIENTATION_TAG = 0x0112
+_HEAD = 512  # bytes that tell what a file is
 _PILLOW = re.compile(r"PIL\.")
 
 
@@ -40,8 +44,8 @@ class TooManyPixels(DualLoRAError):
 def read_image(path: str | Path) -> Image.Image:
     """Reads an image file of any common kind.
 
-    Animations give their first frame, transparency is laid on white, 16-bit grey is scaled to 8 bits and
-    the camera's orientation is applied.
+    Animations give their first frame, transparency is laid on white, 16-bit grey is scaled to 8 bits, grey of
+    more bits or in floating point by the range that its values take, and the camera's orientation is applied.
 
     Args:
         path: the image file.
@@ -115,13 +119,14 @@ def find_images(folder: Path) -> list[Path]:
 def find_files(folder: Path) -> list[Path]:
     """Finds all files below a folder, sorted; hidden ones and those an operating system drops are left out.
 
+    Links to folders are followed, and each folder comes once: see :func:`walk`.
+
     Raises:
-        DualLoRAError: there is no such folder.
+        DualLoRAError: there is no such folder, or one in it may not be read.
     """
     require_folder(folder)
     found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS]
+    for parent, files in walk(folder, _is_walked, _refuse_unread):
         found += [f"{parent}/{name}" for name in files if not _is_hidden(name)]
     return [Path(name) for name in sorted(found)]
 
@@ -141,6 +146,18 @@ def require_folder(folder: Path) -> None:
         raise DualLoRAError(f"the folder {folder} does not exist: check the path")
     if not folder.is_dir():
         raise DualLoRAError(f"{folder} is a file: a folder of images is needed")
+
+
+def _is_walked(name: str) -> bool:
+    return not name.startswith(".") and name not in _SYSTEM_FOLDERS
+
+
+def _refuse_unread(error: OSError) -> None:
+    """A folder passed over in silence would be images lost in silence."""
+    raise DualLoRAError(
+        f"the folder {error.filename} cannot be read ({error.strerror or error}): change its permissions or "
+        "take it out"
+    ) from error
 
 
 def _is_hidden(name: str) -> bool:
@@ -175,10 +192,31 @@ def _read(source: str | Path | io.BytesIO, name: str, max_pixels: int) -> Image.
     except Image.DecompressionBombError as error:
         raise TooManyPixels(_too_many_pixels(name, max_pixels)) from error
     except UnidentifiedImageError as error:
-        raise DualLoRAError(f"{name} is not an image in a known format: repair or remove it") from error
+        known = _foreign(source, name)
+        raise known or DualLoRAError(
+            f"{name} is not an image in a known format: repair or remove it"
+        ) from error
     # Malformed files make the decoders raise nearly anything (SyntaxError, struct.error, ValueError, ...).
     except Exception as error:
-        raise DualLoRAError(f"{name} cannot be decoded ({error}): repair or remove it") from error
+        known = _foreign(source, name)
+        raise known or DualLoRAError(f"{name} cannot be decoded ({error}): repair or remove it") from error
+
+
+def _foreign(source: str | Path | io.BytesIO, name: str) -> DualLoRAError | None:
+    """The sentence about a file of a kind that is not read here; None where it is only broken."""
+    try:
+        if isinstance(source, (str, Path)):
+            with Path(source).open("rb") as file:
+                head = file.read(_HEAD)
+        else:
+            source.seek(0)
+            head = source.read(_HEAD)
+    except OSError:
+        return None
+    kind = foreign_kind(head)
+    if kind is None or kind in Image.OPEN:  # AVIF, where Pillow has it: then it is only broken
+        return None
+    return DualLoRAError(f"{name} is {kind}, which is not read here: {remedy(kind)}")
 
 
 def _too_many_pixels(what: str, most: int) -> str:
@@ -220,15 +258,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     grey = np.asarray(image)
-    if image.mode == "F":
-        grey = np.nan_to_num(grey).clip(0)
-        if grey.max() <= 1:
-            grey = grey * 255
-        grey = grey.round()
+    if image.mode.startswith("I;16") or image.format == "PPM":
+        # 16 bits by their format: the upper byte, which is what the decoder itself takes of 16-bit colour.
+        return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(_to_byte(grey.astype(np.float32))).convert("RGB")
+
+
+def _to_byte(grey: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Values of any range as 0 to 255: nothing but the values themselves says what range is meant.
+
+    From 0 to 1 or 255 where all values lie there, and else to the largest number of as many bits as the
+    largest value has; from the smallest value to the largest where there are negative ones. Floating point
+    that goes a little over 1, as after a resize, is cut there.
+    """
+    finite = grey[np.isfinite(grey)]
+    if not finite.size:
+        return np.zeros(grey.shape, np.uint8)
+    low, high = min(float(finite.min()), 0.0), float(finite.max())
+    grey = np.nan_to_num(grey, nan=0.0, posinf=high, neginf=low) - low
+    high -= low
+    if low < 0:
+        top = high or 1.0
+    elif high < 2:
+        top = 1.0
     else:
-        # The upper byte, which is what the decoder itself takes of 16-bit colour.
-        grey = grey.clip(0, 65535) >> 8
-    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        top = 2.0 ** max(8, math.floor(math.log2(high)) + 1) - 1
+    return (grey * (255 / top)).round().clip(0, 255).astype(np.uint8)
 
 
 def _from_tensor(tensor: torch.Tensor) -> Image.Image:
