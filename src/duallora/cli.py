@@ -15,6 +15,7 @@ from typing import Any
 
 from duallora.commands.console import line
 from duallora.errors import DualLoRAError
+from duallora.runtime.ending import TERMINATED, Terminated, ending_in_order
 
 # Verb -> where its function lives. By name, so that no verb imports the libraries of another.
 VERBS = {
@@ -48,14 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; those of this process by default.
 
     Returns:
-        The exit code: 0, 2 for what the user can put right, 3 for a failed ``--check``, 130 after Ctrl-C.
+        The exit code: 0, 2 for what the user can put right, 3 for a failed ``--check``, 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.suppress(AttributeError):
             # A file name need not be valid in the terminal's encoding; it is shown escaped then.
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        with _plain_warnings():
+        with _plain_warnings(), ending_in_order():
             code = _dispatch(words)
         sys.stdout.flush()
         return code
@@ -63,9 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; every saved file is whole.", INTERRUPTED)
+    except Terminated:
+        return _fail("asked to end; every saved file is whole.", TERMINATED)
     except BrokenPipeError:
         _silence_stdout()
         return PIPE_CLOSED
+    except MemoryError:
+        return _fail("there is not enough memory for this; free some, or give it less.", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", DualLoRAError.exit_code)

@@ -153,20 +153,22 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, copies: Path) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, copies: Path) -> Iterator[tuple[str, str]]:
     model = tmp_path_factory.mktemp("app") / "trees"
     environment = {"TMPDIR": str(copies), "OMP_NUM_THREADS": "1"}
-    with running_app(model, "--epochs", "1", environment=environment) as (address, _):
-        yield address
+    with running_app(model, "--epochs", "1", environment=environment) as (address, token, _):
+        yield address, token
 
 
 @pytest.fixture
-def page(browser: sync_api.Browser, address: str) -> Iterator[Page]:
+def page(browser: sync_api.Browser, address: tuple[str, str]) -> Iterator[Page]:
+    place, token = address
     context = browser.new_context(viewport={"width": 1100, "height": 900})
-    page = Page(context.new_page(), address)
-    page.open()
+    page = Page(context.new_page(), place)
+    page.open(token)
+    assert "token" not in page.page.url
     yield page
-    elsewhere = [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+    elsewhere = [url for url in page.asked if not url.startswith((place, "data:", "blob:"))]
     context.close()
     assert elsewhere == [] and page.wrong == []
 

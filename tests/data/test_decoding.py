@@ -83,7 +83,7 @@ def test_a_decoder_with_an_unknown_fault_takes_nothing_with_it(
     faulty(tmp_path, monkeypatch, fault)
     made = Decoders(1, 1_000_000)
     try:
-        with pytest.raises(DualLoRAError, match="^photo (takes more time or memory|cannot be decoded, for)"):
+        with pytest.raises(DualLoRAError, match=r"^photo (takes more time or memory|cannot be decoded, for)"):
             made.decode(photo("PNG"), "photo")
         assert made.decode(photo("JPEG"), "photo").size == (70, 50)  # the next image is none the worse
     finally:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from duallora.app.twins import Twins, difference_hash, find_twins, thumbnail
 from duallora.app.uploads import Found
+from duallora.data.decoding import Read
 from duallora.data.images import is_image_name, read_image
 from duallora.errors import DualLoRAError
 from duallora.storage.atomic import sha256_of
@@ -48,17 +49,19 @@ class Seen:
     thumbnail: np.ndarray | None = None
 
     @classmethod
-    def at(cls, found: Found) -> Seen:
-        """Reads and decodes a file once."""
+    def at(cls, found: Found, read: Read = read_image) -> Seen:
+        """Reads and decodes a file once, with ``read``."""
         name = found.parts[-1]
         try:
             digest = sha256_of(found.path)
+        except DualLoRAError as error:
+            return cls(found.path, name, "", str(error).removeprefix(f"{found.path} "))
         except OSError as error:
             return cls(found.path, name, "", f"it could not be read ({error.strerror or error})")
         try:
             if not is_image_name(found.path):
                 raise DualLoRAError("it is not an image by its name")
-            image = read_image(found.path)
+            image = read(found.path)
         except DualLoRAError as error:
             return cls(found.path, name, digest, str(error).removeprefix(f"{found.path} "))
         return cls(found.path, name, digest, None, difference_hash(image), thumbnail(image))
@@ -148,12 +151,13 @@ class Draft:
         """All files; other threads may add some meanwhile."""
         return [seen.path for own in list(self.files.values()) for seen in list(own)]
 
-    def add(self, given: Sequence[Sequence[Found]], name: str) -> list[str]:
+    def add(self, given: Sequence[Sequence[Found]], name: str, read: Read = read_image) -> list[str]:
         """Sorts files into classes and looks at them.
 
         Args:
             given: files; each sequence is a zip, a folder, or the loose files of one drop.
             name: of the class; where a zip or a folder has several class folders, these are the names.
+            read: decodes a file.
 
         Returns:
             Notes for the user, one sentence each.
@@ -171,7 +175,7 @@ class Draft:
         check_class_names(list(sorted_files))
         for class_name, own in sorted_files.items():
             known = {seen.path for seen in self.files.get(class_name, [])}
-            seen = [Seen.at(found) for found in own if found.path not in known]
+            seen = [Seen.at(found, read) for found in own if found.path not in known]
             with self._lock:
                 self.files.setdefault(class_name, []).extend(seen)
                 self._changes += 1

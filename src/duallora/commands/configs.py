@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import get_loader
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import read_text
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -73,7 +74,7 @@ def _read_text(file: str) -> str:
     if not path.exists() and shipped in shipped_configs():
         return (resources.files("duallora") / "configs" / f"{shipped}.yaml").read_text(encoding="utf-8")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError as error:
         raise DualLoRAError(
             f"there is no file {file}, and no shipped configuration of that name (there are "

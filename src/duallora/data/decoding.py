@@ -1,7 +1,7 @@
 """Images of strangers are decoded in processes that can be killed, within bounds of time and memory.
 
-The list of encodings in :mod:`duallora.data.encodings` keeps out what is known to be costly. These bounds hold
-for what nobody has thought of: a decoder that hangs, swells or crashes takes none of the server with it.
+The list of encodings in :mod:`duallora.data.encodings` keeps out what is known to be costly. These bounds
+hold for what nobody has thought of: a decoder that hangs, swells or crashes takes none of the server with it.
 """
 
 from __future__ import annotations

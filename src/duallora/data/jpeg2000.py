@@ -71,7 +71,7 @@ def _is_costly(size: bytes, coding: bytes) -> bool:
 
 
 def _tiles_differ(file: BinaryIO) -> bool:
-    """Whether a tile is encoded in a way of its own, or there are more parts of tiles than can be looked at."""
+    """Whether a tile is encoded in a way of its own, or there are too many parts of tiles to look at."""
     looked = 0
     while looked < _MOST_MARKERS:
         looked += 1

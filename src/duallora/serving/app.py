@@ -187,7 +187,7 @@ class _Server:
         return _json(model.about, model.generation)
 
     async def health(self) -> Response:
-        """Whether requests are answered, the generation that is served, and whether a newer one was refused."""
+        """Whether requests are answered, which generation is served, and whether a newer one was refused."""
         newest = "refused" if self.source.refused is not None else "served"
         generation = self.source.current.generation
         still = self.admission.busy and time.monotonic() - self._progress > _STALLED

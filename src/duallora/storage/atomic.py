@@ -8,11 +8,13 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import open_regular
 
 _LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -118,7 +120,7 @@ def sync_folder(folder: Path) -> None:
 
 def chunks_of(path: Path) -> Iterator[bytes]:
     """Reads a file piece by piece."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 
@@ -149,13 +151,13 @@ def _acquire(folder: Path, created: list[Path]) -> int:
                 created.append(path)
                 sync_folder(path.parent)
         try:
-            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open_lock(folder / _LOCK)
         except FileNotFoundError:
             continue  # another writer removed its empty folder just now
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A lock on a file that its holder deleted meanwhile protects nothing.
-            if os.path.samestat(os.fstat(descriptor), (folder / _LOCK).stat()):
+            if os.path.samestat(os.fstat(descriptor), (folder / _LOCK).lstat()):
                 return descriptor
         except FileNotFoundError:
             pass
@@ -165,6 +167,28 @@ def _acquire(folder: Path, created: list[Path]) -> int:
                 f"another process is writing to {folder}; wait until it has finished, then try again."
             ) from None
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """Opens the lock file and follows no link, which another user could have put in its place.
+
+    Raises:
+        DualLoRAError: it is no regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = None
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        regular = False
+    if descriptor is None or not regular:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise DualLoRAError(f"{path} is not the lock file that duallora makes there; remove it.")
+    return descriptor
 
 
 def _remove_empty(created: list[Path]) -> None:

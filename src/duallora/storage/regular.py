@@ -1,4 +1,4 @@
-"""Files that may be read: regular ones. A pipe never ends, a device has no end, and opening either can wait."""
+"""Files that may be read: regular ones. A pipe or a device may have no end, and opening one can wait."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
-    """The text in a regular file, with ``\\n`` at the ends of lines.
+    """The text in a regular file, its lines ended as everywhere in Python.
 
     Raises:
         NotRegular: it is none.

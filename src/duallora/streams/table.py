@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import open_regular
 from duallora.streams.collection import Collection, Part
 from duallora.streams.listed import Labelled, ListedImages, require_listed
 
@@ -44,7 +46,7 @@ def _images(path: Path, rows: dict[str, dict[str, str]], words: tuple[str, ...])
 def _rows(path: Path) -> dict[str, dict[str, str]]:
     """The rows by their path."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
