@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import assert_refused, caller
-from small_tasks import new_learner, small_config, three_tasks
 from torch import Tensor
 
+from command_line import assert_refused, caller
 from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, load_backbone, metrics, streams
 from duallora.bench.synthetic import simulated_learner
 from duallora.export import METADATA, OUTPUTS, Format, export, metadata
 from duallora.predictions import task_probabilities
+from small_tasks import new_learner, small_config, three_tasks
 
 FORMATS: tuple[Format, ...] = ("torch-export", "onnx")
 CONFIG = DualLoRAConfig(rank=4, residual="own", residual_rank=4, epochs=1)

@@ -10,6 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.utils.data import Dataset
+
+import duallora.learner
+from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, MethodConfig, load_backbone
+from duallora.backbones.backbone import Backbone
+from duallora.metrics import class_probabilities
+from duallora.runtime.progress import Progress
+from duallora.storage import checkpoint
+from duallora.streams import split
 from small_tasks import (
     Patterns,
     assert_same_outputs,
@@ -21,15 +30,6 @@ from small_tasks import (
     unseen,
 )
 from tiny import tiny_backbone
-from torch.utils.data import Dataset
-
-import duallora.learner
-from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, MethodConfig, load_backbone
-from duallora.backbones.backbone import Backbone
-from duallora.metrics import class_probabilities
-from duallora.runtime.progress import Progress
-from duallora.storage import checkpoint
-from duallora.streams import split
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 

@@ -37,6 +37,7 @@ VERBS = {
     "app": "duallora.commands.app:app",
 }
 
+_LONGEST = 1200  # letters of a sentence about what is wrong
 INTERNAL_ERROR = 1
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; those of this process by default.
 
     Returns:
-        The exit code: 0, 2 for what the user can put right, 3 for a failed ``--check``, 130 after Ctrl-C, 143 after
-        SIGTERM.
+        The exit code: 0, 2 for what the user can put right, 3 for a failed ``--check``, 130 after Ctrl-C and
+        143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -135,6 +136,8 @@ def _print_help() -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
+    if len(sentence) > _LONGEST:  # somebody's megabyte of an argument; the remedy stands at the end
+        sentence = f"{sentence[: _LONGEST // 2]} [...] {sentence[-_LONGEST // 2 :]}"
     with contextlib.suppress(OSError):
         line(f"duallora: {sentence}", stderr=True)
     return code

@@ -80,7 +80,7 @@ def test_post_does_not_take_the_token_from_the_address(client: Any) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1:80@evil", "evil@127.0.0.1", "127.0.0.1.evil.example", "", "[::1", "127.0.0.1:80:90", "a b"],
+    ["127.0.0.1:80@evil", "evil@127.0.0.1", "127.0.0.1.evil.example", "", "[::1", "127.0.0.1:80:90"],
 )
 def test_only_own_names_are_answered(client: Any, host: str) -> None:
     assert client.get("/", headers={"Host": host}).status_code == 421

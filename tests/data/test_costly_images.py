@@ -177,6 +177,17 @@ def test_metadata_that_would_swell_is_left_out_and_the_picture_read() -> None:
     assert decode_image(png(chunk(b"eXIf", huge)), "photo").size == (64, 48)
 
 
+def test_libtiff_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    whole = encoded("TIFF", compression="tiff_lzw")
+    data = bytearray(whole)
+    data[8:60] = b"\xff" * 52
+    broken = tiff(8, t273=5000, t279=300)
+    for each in (bytes(data), broken, whole[:300]):
+        with pytest.raises(DualLoRAError):
+            decode_image(each, "scan.tif")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_name_of_a_file_says_nothing_of_its_format(tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     path.write_bytes(COSTLY["bmp in rle8"]())

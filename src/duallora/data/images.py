@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import os
 import re
@@ -166,6 +168,18 @@ def _hush_pillow() -> None:
     first: list[Any] = list(warnings.filters[:1])
     if not first or first[0][3] != _PILLOW:  # changing the filters makes Python repeat warnings shown once
         warnings.filterwarnings("ignore", module=_PILLOW.pattern)
+        _hush_libtiff()
+
+
+def _hush_libtiff() -> None:
+    """libtiff prints what it grumbles about itself, unless it is given no function to do so."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(Image.core.__file__)
+        for kind in ("Error", "Warning"):
+            for form in ("", "Ext"):
+                handler = getattr(library, f"TIFFSet{kind}Handler{form}")
+                handler.argtypes, handler.restype = (ctypes.c_void_p,), ctypes.c_void_p
+                handler(None)
 
 
 def _read(source: BinaryIO, name: str, max_pixels: int) -> Image.Image:
