@@ -100,7 +100,7 @@ EDITS: dict[str, Edit] = {
     "a residual adapter of another shape": of_tensor("residual.0.c", lambda x: x[:, :-1]),
     "an update of another shape": of_tensor("orthogonal.0.b", lambda x: x[:, :-1]),
     "complex numbers": of_tensor("rows.mean", lambda x: x.to(torch.complex64)),
-    "a missing tensor": lambda _, tensors: tensors.pop("rows.scatter") and None,
+    "a missing tensor": lambda _, tensors: tensors.__delitem__("rows.scatter"),
     "an input of 100,000 pixels": of_manifest("backbone", "input_size", value=[3, 100_000, 100_000]),
     "an input of no pixels": of_manifest("backbone", "input_size", value=[3, 0, 16]),
     "an input of words": of_manifest("backbone", "input_size", value="big"),
@@ -143,8 +143,11 @@ def test_overflowing_but_finite_numbers_give_no_nan(saved: Path, tmp_path: Path)
         model = tmp_path / str(number)
         shutil.copytree(saved, model)
         tamper(model, of_tensor(end, filled(3e38)))
-        with pytest.raises(DualLoRAError):
-            load(model).predict([torch.zeros(3, 32, 32)])
+        try:
+            (found,) = load(model).predict([torch.zeros(3, 32, 32)])
+        except DualLoRAError:
+            continue
+        assert 0 <= found.probability <= 1 and 0 <= found.unknown <= 1 and 0 <= found.task_confidence <= 1
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

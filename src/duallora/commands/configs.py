@@ -12,7 +12,6 @@ from jsonargparse import get_loader
 from duallora.errors import DualLoRAError
 from duallora.storage.regular import read_text
 
-
 _MOST_LETTERS = 1_000_000
 _MOST_VALUES = 10_000
 

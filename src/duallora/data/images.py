@@ -172,7 +172,7 @@ def _hush_pillow() -> None:
 
 
 def _hush_libtiff() -> None:
-    """libtiff prints what it grumbles about itself, unless it is given no function to do so."""
+    """What libtiff grumbles about, it prints itself, unless it is given no function to do so."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(Image.core.__file__)
         for kind in ("Error", "Warning"):

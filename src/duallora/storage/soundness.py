@@ -149,6 +149,8 @@ def _indices_fault(tensors: Mapping[str, Tensor], tasks: int) -> str | None:
         last = name.rpartition(".")[2]
         if last in ("task", "tasks", "centre_task") and not _all_within(tensor, -1, tasks):
             return f"{name} names a task that there is not"
+        if last == "phi" and _misfits(name, tensors):
+            return f"{name} is of another width than its layer's adapters"
         if last == "sizes" and (tensor.is_floating_point() or bool((tensor < 0).any())):
             return f"{name} holds what is no size"
         if last == "sizes":
@@ -156,6 +158,17 @@ def _indices_fault(tensors: Mapping[str, Tensor], tasks: int) -> str | None:
             if basis is not None and (basis.ndim != 2 or int(tensor.sum()) != basis.shape[1]):
                 return f"{name} names other directions than there are"
     return None
+
+
+def _misfits(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether directions of a layer have another length than those of other layers or of its adapters."""
+    start = name.removesuffix("phi")
+    others = [
+        tensor
+        for other, tensor in tensors.items()
+        if other.endswith(".phi") or (other.startswith(start) and other.endswith((".a", ".psi")))
+    ]
+    return any(tensor.ndim != 2 or tensor.shape[:1] != tensors[name].shape[:1] for tensor in others)
 
 
 def _rows_fault(tensors: Mapping[str, Tensor], classes: Sequence[int]) -> str | None:
