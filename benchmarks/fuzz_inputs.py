@@ -84,10 +84,10 @@ def sound_images() -> list[bytes]:
 def damaged(data: bytes, rng: random.Random, head: int = 120) -> bytes:
     """The same with bits turned, numbers at their edges, parts cut, doubled or taken from elsewhere."""
     out = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 3, 8])):
+    for _ in range(rng.choice([1, 1, 1, 1, 2, 3, 8])):
         if not out:
             break
-        place = rng.randrange(min(len(out), head if rng.random() < 0.7 else len(out)))
+        place = rng.randrange(min(len(out), head if rng.random() < 0.4 else len(out)))
         action = rng.randrange(7)
         if action == 0:
             out[place] ^= 1 << rng.randrange(8)

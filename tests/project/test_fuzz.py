@@ -1,4 +1,4 @@
-"""300 of the malformed inputs of ``benchmarks/fuzz.py``: none ends in a traceback, hangs or changes a file."""
+"""300 malformed inputs of ``benchmarks/fuzz.py``: none ends in a traceback, hangs or changes a file."""
 
 from __future__ import annotations
 
