@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +49,7 @@ def serve(
 
     import uvicorn
 
-    from duallora.runtime.ending import LastMoment, watched
+    from duallora.runtime.ending import LastMoment, Terminated, watched
     from duallora.serving.app import create_app
     from duallora.serving.json_protocol import JsonProtocol
     from duallora.serving.listening import listening
@@ -66,7 +68,10 @@ def serve(
             timeout_graceful_shutdown=min(int(limits.timeout) + 1, _GRACE),
             http=JsonProtocol,
         )
-        watched(uvicorn.Server(config), LastMoment()).run(sockets=[listener])
+        # A client gets its answer to a malformed form; the log needs no line of it.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
+        with suppress(Terminated):  # asked for, and done
+            watched(uvicorn.Server(config), LastMoment()).run(sockets=[listener])
 
 
 def _require_libraries() -> None:

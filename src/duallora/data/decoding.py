@@ -167,7 +167,12 @@ class _Decoder:
         # -P: a folder named PIL where the program was started is none of its modules.
         command = [sys.executable, "-P", "-m", decoder_process.__name__, str(self.memory)]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(), bufsize=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C in a terminal is for the server, which ends what it has begun
         )
         for stream in (process.stdin, process.stdout):
             os.set_blocking(_descriptor(stream), False)

@@ -34,7 +34,7 @@ def ending_in_order() -> Iterator[None]:
     if before is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _terminating(os.getpid()))
     try:
         yield
     finally:
@@ -83,5 +83,12 @@ def watched(server: Any, last: LastMoment) -> Any:
     return server
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _terminating(owner: int) -> Callable[[int, FrameType | None], None]:
+    """The handler of one process: one that it forks ends as if there were none."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        os._exit(TERMINATED)
+
+    return terminate
