@@ -82,6 +82,13 @@ COSTLY: dict[str, Callable[[], bytes]] = {
     "jpeg of tiny segments": lambda: b"\xff\xd8" + b"\xff\xe5\0\3a" * 30_000 + encoded("JPEG")[2:],
     "jpeg with filling": lambda: b"\xff\xd8\xff" + b"\xff" * 300_000 + b"\xe5\0\3a" + encoded("JPEG")[2:],
     "jpeg of many scans": lambda: more_scans(300),
+    "jpeg of many scans behind a marker that stands alone": lambda: hidden(more_scans(300), b"\xff\xd0"),
+    "jpeg of many scans behind junk": lambda: hidden(more_scans(300), b"junk\xff\0"),
+    "jpeg of junk": lambda: hidden(encoded("JPEG"), b"j" * 100_000),
+    "tiff with a huge tile of signed numbers": lambda: tiff(extra=((322, 9, 1, 60_000), (323, 9, 1, 60_000))),
+    "tiff with a tile that lies elsewhere": lambda: tiff(extra=((322, 16, 1, 8), (323, 16, 1, 8))),
+    "gif of comments behind junk": lambda: GIF + b"x" + b"!\xfe\1a\0" * 30_000 + b",",
+    "gif of junk": lambda: GIF + b"x" * 100_000 + b",",
     "gif of comments": lambda: GIF + b"!\xfe\1a\0" * 30_000 + b",",
     "gif of one endless comment": lambda: GIF + b"!\xfe" + b"\1a" * 60_000,
     "png of empty chunks": lambda: png(chunk(b"abCd") * 30_000),
@@ -95,6 +102,12 @@ def segments(data: bytes) -> bytes:
     start, rest = data[:6], data[6:]
     parts = [rest[i : i + size] for i in range(0, len(rest), size)]
     return b"".join(b"\xff\xe1" + struct.pack(">H", len(p) + 8) + start + p for p in parts)
+
+
+def hidden(jpeg: bytes, junk: bytes) -> bytes:
+    """A JPEG with something before its tables that a decoder passes over."""
+    place = jpeg.index(b"\xff\xdb")
+    return jpeg[:place] + junk + jpeg[place:]
 
 
 def many_tiles() -> bytes:
@@ -137,6 +150,11 @@ HONEST: dict[str, Callable[[], bytes]] = {
     "progressive jpeg": lambda: encoded("JPEG", progressive=True),
     "jpeg with exif and a profile": lambda: encoded(
         "JPEG", exif=b"Exif\0\0" + many_tags(2, 100)[:40_000], icc_profile=bytes(200_000)
+    ),
+    "jpeg with a film behind it": lambda: encoded("JPEG") + b"\xff\xda" * 5000,
+    "jpeg with a preview": lambda: encoded("JPEG", exif=b"Exif\0\0" + tiff()[:400] + encoded("JPEG") * 20),
+    "tiff in colour, in tiles of its writer": lambda: encoded(
+        "TIFF", Image.new("RGB", (3000, 2000)), compression="tiff_lzw"
     ),
     "gif with a comment": lambda: encoded("GIF", comment=b"a" * 3000),
     "film": lambda: encoded(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import BinaryIO
 
 from duallora.data.jpeg2000 import refuse_jpeg2000
@@ -28,6 +28,7 @@ _MOST_WORDS = 4096  # bytes of the header of a PPM, which are read one at a time
 _SLOW_LEVELS = 4_000_000  # pixels of a PPM that are scaled to 8 bits one by one
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _CHUNK = 1 << 20
+_SCAN, _END = 0xDA, 0xD9
 
 Refuse = Callable[[BinaryIO], str | None]
 """Reads a file from its start; gives why it is not decoded, None where it may be."""
@@ -123,15 +124,18 @@ def _gif(file: BinaryIO) -> str | None:
     file.seek(_palette(head[10]), os.SEEK_CUR)
     parts = 0
     while parts < MOST_PARTS:
-        if file.read(1) != b"!":  # the picture, the end, or what the decoder refuses
+        kind = file.read(1)
+        if kind in (b",", b";", b""):  # the picture, or the end
             return None
+        parts += 1
+        if kind != b"!":  # the decoder passes over it, byte by byte
+            continue
         file.read(1)
         while size := file.read(1).strip(b"\0"):
             file.seek(size[0], os.SEEK_CUR)
             parts += 1
             if parts > MOST_PARTS:
                 break
-        parts += 1
     return _TOO_MANY
 
 
@@ -169,7 +173,7 @@ def _jpeg(file: BinaryIO) -> str | None:
             return refuse_exif(exif)
         if file.tell() > MOST_HEADER:
             return "has more metadata than any camera writes"
-        if marker == 0xDA:
+        if marker == _SCAN:
             return refuse_exif(exif) or _scans(file, area)
         if marker == 0xE1 and size > 6:
             start = file.read(6)
@@ -186,35 +190,66 @@ def _jpeg(file: BinaryIO) -> str | None:
 
 
 def _segment(file: BinaryIO) -> tuple[int | None, int]:
-    """The next marker of a JPEG and the bytes of its segment, which begins where the file is then."""
+    """The next marker of a JPEG and the bytes of its segment, which begins where the file is then.
+
+    What lies between segments is passed over, byte by byte, as the decoder does.
+    """
     for _ in range(MOST_PARTS):
-        found = file.read(2)
-        if len(found) < 2 or found[0] != 0xFF:
-            return None, 0
-        if found[1] == 0xFF:  # filling
-            file.seek(-1, os.SEEK_CUR)
+        if file.read(1) != b"\xff":
+            if _is_at_end(file):
+                return None, 0
             continue
-        if found[1] in (0xD9, 0x00):
-            return None, 0
-        size = file.read(2)
-        return (None, 0) if len(size) < 2 else (found[1], max(int.from_bytes(size, "big") - 2, 0))
+        code = file.read(1)
+        if code == b"\xff":  # filling
+            file.seek(-1, os.SEEK_CUR)
+        elif code and not _is_alone(code[0]):
+            return code[0], _length(file)
     raise _Filling
+
+
+def _is_at_end(file: BinaryIO) -> bool:
+    if not file.read(1):
+        return True
+    file.seek(-1, os.SEEK_CUR)
+    return False
+
+
+def _is_alone(marker: int) -> bool:
+    """Whether a marker of a JPEG has no segment."""
+    return marker <= 0x01 or 0xD0 <= marker <= 0xD9
+
+
+def _length(file: BinaryIO) -> int:
+    return int(max(struct.unpack(">H", file.read(2))[0] - 2, 0))
 
 
 def _scans(file: BinaryIO, area: int) -> str | None:
     """Every scan of a JPEG goes over the whole picture, however little it says."""
     most = min(_MOST_SCANS, max(_MOST_SCANNED // max(area, 1), 1))
-    scans = 1 + sum(marker == 0xDA for marker in _markers(file))
-    return f"has {scans} scans" if scans > most else None
+    scans = 1
+    for _ in range(MOST_PARTS):
+        marker = _marker_among_pixels(file)
+        if marker is None or marker == _END:  # what follows is another picture, or a film
+            return None
+        scans += marker == _SCAN
+        if scans > most:
+            return f"has more than {most} scans"
+        if not _is_alone(marker):
+            file.seek(_length(file), os.SEEK_CUR)
+    return _TOO_MANY
 
 
-def _markers(file: BinaryIO) -> Iterator[int]:
-    """The markers among the pixels; those inside them are stuffed and do not match."""
-    last = b""
-    while part := file.read(_CHUNK):
-        joined = last + part
-        yield from (found[1] for found in _MARKER.findall(joined))
-        last = b"\xff" if joined.endswith(b"\xff") else b""
+def _marker_among_pixels(file: BinaryIO) -> int | None:
+    """The next marker, behind which the file is then; those inside pixels are stuffed and do not match."""
+    size, last = 512, b""
+    while part := file.read(size):
+        found = _MARKER.search(last + part)
+        if found is not None:
+            file.seek(found.end() - len(last) - len(part), os.SEEK_CUR)
+            return found[0][1]
+        last = b"\xff" if part.endswith(b"\xff") else b""
+        size = min(2 * size, _CHUNK)
+    return None
 
 
 _TOO_MANY = f"has more than {MOST_PARTS:,} parts beside its pixels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import io
 import os
 import re
@@ -174,7 +175,7 @@ def _hush_pillow() -> None:
 def _hush_libtiff() -> None:
     """What libtiff grumbles about, it prints itself, unless it is given no function to do so."""
     with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(Image.core.__file__)
+        library = ctypes.CDLL(importlib.import_module("PIL._imaging").__file__)
         for kind in ("Error", "Warning"):
             for form in ("", "Ext"):
                 handler = getattr(library, f"TIFFSet{kind}Handler{form}")
@@ -186,7 +187,7 @@ def _read(source: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
         _hush_pillow()
         kind = format_of(source)
-        if kind is None:
+        if kind is None or not _is_readable(kind):
             raise UnidentifiedImageError
         refuse_costly(source, kind, name)
         # This format alone: Pillow also opens PostScript, by starting an interpreter, and much else.
@@ -204,6 +205,13 @@ def _read(source: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     # Malformed files make the decoders raise nearly anything (SyntaxError, struct.error, ValueError, ...).
     except Exception as error:
         raise DualLoRAError(f"{name} cannot be decoded ({error}): repair or remove it") from error
+
+
+def _is_readable(kind: str) -> bool:
+    """Whether the decoder of a format is there; Pillow can be built without some."""
+    if kind not in Image.OPEN:
+        Image.init()
+    return kind in Image.OPEN
 
 
 def _too_many_pixels(what: str, most: int) -> str:

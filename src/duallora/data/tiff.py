@@ -13,15 +13,17 @@ MOST_PIECE = 1 << 30
 """Bytes of a strip or a tile, which is decoded as a whole however small the picture is."""
 
 _MOST_ENTRIES = 4096
+_MOST_SAMPLES = 64
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = (
     *(256, 257, 258, 259, 277, 278),
     *(322, 323),
 )
+_DECISIVE = frozenset({_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT})
 # None, fax, LZW, JPEG, deflate, PackBits. LZMA and Zstandard may ask for gigabytes whatever the picture is.
 _COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 7, 8, 32773, 32946})
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SIZES |= {16: 8, 17: 8, 18: 8}
-_FORMS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_FORMS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q", 17: "q"}
 
 
 def refuse_tiff(file: BinaryIO) -> str | None:
@@ -38,7 +40,7 @@ def refuse_tiff(file: BinaryIO) -> str | None:
     across, down = found.get(_TILE_WIDTH, width), found.get(_TILE_HEIGHT, 0)
     down = down or min(found.get(_ROWS, height), height)
     piece = across * down * max(found.get(_BITS, 8), 8) // 8 * max(found.get(_SAMPLES, 1), 1)
-    if piece > MOST_PIECE or found.get(_SAMPLES, 1) > 64:
+    if piece > MOST_PIECE or found.get(_SAMPLES, 1) > _MOST_SAMPLES:
         return "is a TIFF of pieces larger than 1 GB"
     return None
 
@@ -77,11 +79,23 @@ def _directory(file: BinaryIO) -> dict[int, int] | str:
         held += bytes_ if kind in (1, 2, 6, 7) else 32 * number
         if kind in _FORMS and 0 < bytes_ <= len(value):
             (found[tag],) = struct.unpack_from(order + _FORMS[kind], value)
-        elif tag == _BITS:
-            found[tag] = 16 if number <= 64 else 64 * number
+        elif tag == _BITS and kind == 3 and number <= _MOST_SAMPLES:
+            found[tag] = _largest(file, order, value, number)
+        elif tag in _DECISIVE:
+            return "has a directory in a form that nobody writes"
     if held > _allowed(file):
         return "has a directory whose entries name more bytes than it holds"
     return found
+
+
+def _largest(file: BinaryIO, order: str, place: bytes, number: int) -> int:
+    """The largest of the bits of each colour, which lie elsewhere in the file."""
+    here = file.tell()
+    (start,) = struct.unpack(order + ("Q" if len(place) == 8 else "I"), place)
+    file.seek(min(start, 1 << 62))
+    data = file.read(2 * number)
+    file.seek(here)
+    return max(struct.unpack(f"{order}{number}H", data))
 
 
 def _allowed(file: BinaryIO) -> int:

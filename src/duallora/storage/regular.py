@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from duallora.errors import DualLoRAError
 
@@ -23,7 +23,7 @@ class NotRegular(DualLoRAError):
     """A path names something that is no regular file."""
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading if it is a regular one; nothing waits, whatever the path names.
 
     Raises:
