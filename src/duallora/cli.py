@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from duallora.commands.console import line
-from duallora.errors import DualLoRAError
+from duallora.errors import DualLoRAError, is_low_memory
 from duallora.runtime.ending import TERMINATED, Terminated, ending_in_order
 
 # Verb -> where its function lives. By name, so that no verb imports the libraries of another.
@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return PIPE_CLOSED
-    except MemoryError:
-        return _fail("there is not enough memory for this; free some, or give it less.", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", DualLoRAError.exit_code)
     except Exception as error:  # the last resort: a user gets a sentence, a developer asks for the rest
+        if is_low_memory(error):
+            return _fail("there is not enough memory for this; free some, or give it less.", 2)
         if os.environ.get("DUALLORA_DEBUG"):
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())

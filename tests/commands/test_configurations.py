@@ -69,3 +69,23 @@ def test_a_file_that_swells_is_refused(call: Call, tmp_path: Path, text: str) ->
 def test_a_megabyte_of_argument_is_not_echoed(call: Call, words: list[str]) -> None:
     code, out, err = call(*words)
     assert code == 2 and len(out) + len(err) < 2000 and "internal error" not in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_low_memory_is_said_as_such(call: Call, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("duallora.commands.methods.methods", fail)
+    monkeypatch.setattr("duallora.commands.arguments.parse", lambda *_: {})
+    assert_refused(call("methods"), "there is not enough memory")

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from duallora.errors import DualLoRAError
+from duallora.errors import DualLoRAError, is_low_memory
 from duallora.storage.atomic import (
     chunks_of,
     exclusive,
@@ -174,23 +174,19 @@ def intact(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _no_memory(folder) from error
     except (
-        *(KeyError, IndexError, TypeError, ValueError, AttributeError),
+        *(MemoryError, KeyError, IndexError, TypeError, ValueError, AttributeError),
         *(RuntimeError, ArithmeticError, AssertionError),  # torch's own, of shapes that do not fit
     ) as error:
-        if "not enough memory" in f"{error}":
-            raise _no_memory(folder) from error
+        if is_low_memory(error):
+            raise DualLoRAError(
+                f"there is not enough memory for the model in {folder}; free some, and try again."
+            ) from error
         detail = f"{error} is missing" if isinstance(error, KeyError) else " ".join(f"{error}".split())[:200]
         raise DualLoRAError(
             f"{folder / _MANIFEST} is damaged or from another version of duallora ({detail}); restore it "
             "from a copy of the model, or use the version that wrote it."
         ) from error
-
-
-def _no_memory(folder: Path) -> DualLoRAError:
-    return DualLoRAError(f"there is not enough memory for the model in {folder}; free some, and try again.")
 
 
 def undo(folder: Path, expected: str | None = None) -> dict[str, Any]:
