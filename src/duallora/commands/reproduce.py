@@ -19,6 +19,7 @@ from duallora.commands.parse_errors import nearest
 from duallora.commands.run import run_on
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
+from duallora.storage.regular import read_regular
 from duallora.teaching.method_choice import MethodChoice
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int) -> di
 
     path = folder / "results.json"
     if path.exists():
-        known: dict[str, Any] = json.loads(path.read_bytes())
+        known: dict[str, Any] = json.loads(read_regular(path))
         asked = {"name": protocol.method.name, **dataclasses.asdict(protocol.method.config())}
         if known["config"]["seed"] != seed or known["config"]["method"] != asked:
             raise DualLoRAError(f"{folder} is another run; name another --out, or move it away.")
