@@ -91,7 +91,7 @@ def test_room_is_the_share_of_joint_trainings_gain(study: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["adapters", "adapters_steps", "gate", "class_model", "growth", "kill", "serve"]
+    "script", ["adapters", "adapters_steps", "gate", "class_model", "growth", "fuzz", "kill", "serve"]
 )
 def test_a_script_explains_itself(
     script: str, study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

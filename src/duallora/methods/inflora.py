@@ -146,8 +146,8 @@ class InfLoRA(Method):
         found: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
             if name.startswith("layers."):
-                _, layer, rest = name.split(".", 2)
-                found[int(layer)][rest] = tensor
+                _, number, rest = name.split(".", 2)
+                found[int(number)][rest] = tensor
         places = []
         for layer, own in sorted(found.items()):
             dim, columns = own["basis"].shape

@@ -33,7 +33,7 @@ class Learned(nn.Module):
     def __init__(self, device: torch.device = CPU) -> None:
         super().__init__()
         self.device = device
-        self.register_load_state_dict_post_hook(_refresh)
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
         """Computes what follows from the buffers; called after they have been loaded."""
@@ -57,9 +57,10 @@ class Learned(nn.Module):
         kept = {n: x for n, x in self._buffers.items() if x is not None and x.dtype in _EXACT}
         self._buffers.update(dict.fromkeys(kept))  # torch passes over what is None
         try:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(kept)
+        return self
 
 
 _EXACT = (torch.float64, torch.long)
@@ -165,8 +166,8 @@ class SideBySide(nn.Module):
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
         self.first, self.second = first, second
-        self.register_state_dict_post_hook(_joined)
-        self.register_load_state_dict_pre_hook(_divided)
+        self.register_state_dict_post_hook(_joined)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_divided)  # type: ignore[no-untyped-call]
 
 
 def _joined(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
