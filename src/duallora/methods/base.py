@@ -35,12 +35,11 @@ from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.head_starts import LEADER_RATE
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
-
-LEADER_RATE = 5.0  # what starts at random learns faster than what is imprinted
 
 
 class Method:
@@ -67,7 +66,7 @@ class Method:
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
-        leader: the head that leads a task's training where it is not the task's own, see :meth:`lead`.
+        leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
@@ -126,41 +125,6 @@ class Method:
         for wrapper in self.beside.values():
             wrapper.separate()
         self.grow(task.index)
-
-    @torch.no_grad()
-    def imprint(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
-        """Starts the task's head as the classifier of its rows, so that training goes on from there.
-
-        From a random start the adapters would learn to please a head that knows nothing yet.
-
-        Args:
-            task: the one being prepared.
-            features: of its images (n, row_dim), before training.
-            labels: (n,).
-        """
-        self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit_temperature(task.index, features, labels)
-        if len(labels) > len(task.classes):  # single images have no spread to weigh features by
-            self.heads.imprint(*self.rows.linear(task.index))
-        if len(self.starts.tasks) == len(self.heads.tasks) - 1:  # a model that was saved without stays so
-            self.starts.copy_latest(self.heads)
-
-    def lead(self, task: TaskInfo) -> None:
-        """Lets a head of its own, drawn at random and on the final feature, lead the task's training.
-
-        An imprinted head fits the task's images as it is, from features below the adapters too: it leaves
-        them nothing to learn. This one is thrown away by :meth:`settle`.
-        """
-        self.leader = Heads(self.backbone.feature_dim, self.device)
-        self.leader.open(len(task.classes), self.generator(task.index))
-
-    @torch.no_grad()
-    def settle(self, task: TaskInfo) -> None:
-        """After :meth:`lead` and once the rows are there: the task's head is the classifier of its rows."""
-        if self.leader is not None:
-            for heads in (self.heads, self.starts) if self.realigned else (self.heads,):
-                heads.imprint(*self.rows.linear(task.index))
-            self.leader = None
 
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
@@ -241,7 +205,6 @@ class Method:
         self.merge()
         features, labels = self.observe(loader)
         self.remember(task, features, labels)
-        self.settle(task)
 
     def keep_by_row(self, name: str, part: ByRow) -> None:
         """Adds ``part``, learned and forgotten row by row beside the class rows, saved under ``name``."""

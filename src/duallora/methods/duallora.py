@@ -27,6 +27,7 @@ from duallora.errors import DualLoRAError
 from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.head_starts import imprint, lead, settle
 from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
@@ -143,14 +144,14 @@ class DualLoRA(Method):
         }
         known = self.config.known_domain if self._by_domain else math.inf
         self.memory.join(task.index, seen.gate, known, adapted)
-        self.imprint(task, seen.features, seen.labels)
+        imprint(self, task, seen.features, seen.labels)
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
         first = self.memory.domains.uses[task.index] == task.index if self._by_domain else task.index == 0
         if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
             if first and (self._by_domain or self.config.residual == "none"):
-                self.lead(task)
+                lead(self, task)
             for place, subspace in self.subspaces.items():
                 self._open(task, place, subspace, seen.moments[place].value)
 
@@ -215,29 +216,23 @@ class DualLoRA(Method):
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
         self.remember(task, seen.features, seen.labels)
-        self.settle(task)
+        settle(self, task)
         self.memory.release()
 
     @torch.no_grad()
     def _norms(self) -> tuple[float, float]:
         """``|A_t B_t| / |W_0|`` and ``|Psi_t C_t| / |W_0|`` (Frobenius), mean over layers and groups."""
-        orthogonal, residual = [], []
+
+        def share(left: Tensor | None, right: Tensor | None, frozen: Tensor) -> float:
+            return 0.0 if left is None or right is None else float((left @ right).norm() / frozen)
+
+        found = []
         for layer, group in self.subspaces:
-            adapter, frozen = (
-                self.adapted[layer].groups[group],
-                self.adapted[layer].frozen_weight(group).norm(),
-            )
-            orthogonal.append(
-                0.0
-                if adapter.a is None or adapter.b is None
-                else float((adapter.a @ adapter.b).norm() / frozen)
-            )
-            residual.append(
-                0.0
-                if adapter.psi is None or adapter.c is None
-                else float((adapter.psi @ adapter.c).norm() / frozen)
-            )
-        return sum(orthogonal) / len(orthogonal), sum(residual) / len(residual)
+            adapter = self.adapted[layer].groups[group]
+            frozen = self.adapted[layer].frozen_weight(group).norm()
+            found.append((share(adapter.a, adapter.b, frozen), share(adapter.psi, adapter.c, frozen)))
+        orthogonal, residual = zip(*found, strict=True)
+        return sum(orthogonal) / len(found), sum(residual) / len(found)
 
     # -- readouts --------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.head_starts import imprint, lead, settle
 from duallora.methods.interface import Loader, TaskInfo
 
 
@@ -41,5 +42,10 @@ class Joint(Method):
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass for the rows; the head is their classifier, but does not lead the training."""
         super().prepare(task, loader)
-        self.imprint(task, *self.observe(loader))
-        self.lead(task)
+        imprint(self, task, *self.observe(loader))
+        lead(self, task)
+
+    def consolidate(self, task: TaskInfo, loader: Loader) -> None:
+        """One pass; the head becomes the classifier of the rows."""
+        super().consolidate(task, loader)
+        settle(self, task)
