@@ -190,11 +190,10 @@ class DualLoRA(Method):
         """B_t and C_t beside the head."""
         named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
         rate = self.config.learning_rate
-        residual = [p for name, p in named if name.endswith(".c")]
-        orthogonal = [p for name, p in named if not name.endswith(".c")]
-        groups = [*super().parameter_groups(), {"params": orthogonal, "lr": rate}]
-        if residual:
-            groups.append({"params": residual, "lr": rate * (RESIDUAL_RATE if self._by_domain else 1.0)})
+        groups = super().parameter_groups()
+        for is_c, faster in ((False, 1.0), (True, RESIDUAL_RATE if self._by_domain else 1.0)):
+            some = [p for name, p in named if name.endswith(".c") == is_c]
+            groups += [{"params": some, "lr": rate * faster}] if some else []
         return groups
 
     def loss(self, batch: Batch) -> Tensor:
@@ -264,9 +263,7 @@ class DualLoRA(Method):
     # -- forgetting ------------------------------------------------------------------------------------------
 
     def forget(self, task: int, kept: Tensor) -> None:
-        """With the last class of a task also its factors while they are apart, and its residual adapter.
-
-        The residual adapter of a domain goes with the last task that uses it.
+        """With the last class of a task its factors while they are apart, and R if no other task uses it.
 
         ``Phi`` stays: what later tasks were kept away from is no property of the forgotten task alone.
         """
