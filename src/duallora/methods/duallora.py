@@ -344,8 +344,7 @@ class DualLoRA(Method):
     @property
     def _by_domain(self) -> bool:
         """Whether tasks of one domain share a residual adapter."""
-        config = self.config
-        return config.residual != "none" and config.gate != "off" and config.known_domain <= 1
+        return self.config.residual != "none" and self.config.gate != "off" and self.config.known_domain <= 1
 
     def _gate_points(self, layers: list[int], group: str, reader: TokenReader) -> dict[int, GatePoint]:
         """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""
