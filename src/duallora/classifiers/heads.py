@@ -44,7 +44,7 @@ class Heads(Learned):
 
     def copy_latest(self, other: Heads) -> None:
         """Adds a copy of the latest head of ``other``."""
-        weight, bias = other.tasks[-1].weight.detach(), other.tasks[-1].bias.detach()  # type: ignore[operator, union-attr]
+        weight, bias = other.tasks[-1].weight.detach(), other.tasks[-1].bias.detach()  # type: ignore[operator]
         self.open(len(bias), torch.Generator())
         self.imprint(weight, bias)
 
