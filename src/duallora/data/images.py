@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from duallora.data.encodings import format_of, refuse_costly
 from duallora.data.tiff import refuse_exif
 from duallora.errors import DualLoRAError
-from duallora.storage.regular import open_regular, refuse_kernel
+from duallora.storage.regular import open_regular, refuse_kernel, refuse_special
 
 if TYPE_CHECKING:
     import torch
@@ -128,13 +128,15 @@ def find_files(folder: Path) -> list[Path]:
     """Finds all files below a folder, sorted; hidden ones and those an operating system drops are left out.
 
     Raises:
-        DualLoRAError: there is no such folder.
+        DualLoRAError: there is no such folder, or it holds a pipe, a socket or a device.
     """
     require_folder(folder)
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS]
-        found += [f"{parent}/{name}" for name in files if not _is_hidden(name)]
+        kept = [name for name in files if not _is_hidden(name)]
+        refuse_special(parent, kept)
+        found += [f"{parent}/{name}" for name in kept]
     return [Path(name) for name in sorted(found)]
 
 
