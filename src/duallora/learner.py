@@ -30,6 +30,7 @@ from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage import checkpoint
+from duallora.storage.soundness import check
 from duallora.streams.names import hint_at_case
 from duallora.streams.task import as_task_dataset, without_empty_classes
 from duallora.training import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
@@ -184,13 +185,17 @@ class ContinualLearner:
             parts = [getattr(readout, field) for readout in readouts]
             return None if parts[0] is None else torch.cat([p.float().cpu() for p in parts])
 
+        fields = ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")
+        found = {field: joined(field) for field in fields}
+        if any(values is not None and bool(values.isnan().any()) for values in found.values()):
+            raise DualLoRAError(
+                "the model answers with what is no number: it is damaged, or an image is; teach it again, or "
+                "restore it from a copy."
+            )
         number = {name: i for i, name in enumerate(self.classes)}
         rows = [(t, number[c]) for t, task in enumerate(self.tasks) for c in task.classes]
         return Outputs(
-            **{
-                f: joined(f)
-                for f in ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")
-            },
+            **found,
             row_task=torch.tensor([t for t, _ in rows]),
             row_class=torch.tensor([c for _, c in rows]),
             readout=self.method.answer,
@@ -331,6 +336,7 @@ class ContinualLearner:
         features: FrozenFeatures | None = None,
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
+        check(folder, manifest, tensors)
         with checkpoint.intact(folder):
             info = BackboneInfo.from_dict(manifest["backbone"])
             if backbone is None:
@@ -357,7 +363,14 @@ class ContinualLearner:
             for record in manifest["tasks"]:
                 learner._add(TaskRecord.from_dict(record))
             learner._origin = (folder.resolve(), manifest["weights"])
+            learner._try_out()
             return learner
+
+    def _try_out(self) -> None:
+        """Looks at a grey image: tensors whose shapes do not fit each other fail now, not at an answer."""
+        if self.tasks:
+            with torch.compiler.set_stance("force_eager"):  # compiling takes minutes, and this one pass none
+                self.outputs_of([torch.zeros(1, *self.backbone.info.input_size)])
 
     def _add(self, record: TaskRecord) -> None:
         self.tasks.append(record)

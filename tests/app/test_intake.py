@@ -263,6 +263,26 @@ def test_a_zip_that_is_none_or_too_much_is_refused(
     assert list(uploads.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_could_inflate_without_a_bound_is_refused(
+    uploads: Uploads, tmp_path: Path, method: int
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(), zipfile.ZIP_DEFLATED)
+        archive.writestr("b.png", bytes(50_000_000), method)
+    assert (tmp_path / "a.zip").stat().st_size < 20_000
+    with pytest.raises(DualLoRAError, match=r"a\.zip is packed with (bzip2|LZMA); make the zip again"):
+        uploads.unpack(tmp_path / "a.zip", "a.zip")
+    assert list(uploads.folder.iterdir()) == []
+
+
+def test_the_usual_ways_to_pack_are_read(uploads: Uploads, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(), zipfile.ZIP_DEFLATED)
+        archive.writestr("b.png", png(), zipfile.ZIP_STORED)
+    assert [found.name for found in uploads.unpack(tmp_path / "a.zip", "a.zip")] == ["a/a.png", "a/b.png"]
+
+
 def test_an_encrypted_zip_is_refused(uploads: Uploads, tmp_path: Path) -> None:
     data = bytearray(zipped(tmp_path / "a.zip", **{"a.png": png()}).read_bytes())
     for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from duallora.app.seen_file import Seen
 from duallora.app.twins import Twins, find_twins
 from duallora.app.uploads import Found
+from duallora.data.decoding import Read
 from duallora.data.images import is_image_name, read_image
 from duallora.errors import DualLoRAError
 from duallora.streams.names import normal
@@ -111,12 +112,13 @@ class Draft:
         """All files; other threads may add some meanwhile."""
         return [seen.path for own in list(self.files.values()) for seen in list(own)]
 
-    def add(self, given: Sequence[Sequence[Found]], name: str) -> list[str]:
+    def add(self, given: Sequence[Sequence[Found]], name: str, read: Read = read_image) -> list[str]:
         """Sorts files into classes and looks at them.
 
         Args:
             given: files; each sequence is a zip, a folder, or the loose files of one drop.
             name: of the class; where a zip or a folder has several class folders, these are the names.
+            read: decodes a file.
 
         Returns:
             Notes for the user, one sentence each.
@@ -134,7 +136,7 @@ class Draft:
         check_class_names(list(sorted_files))
         for class_name, own in sorted_files.items():
             known = {seen.path for seen in self.files.get(class_name, [])}
-            seen = [Seen.at(found) for found in own if found.path not in known]
+            seen = [Seen.at(found, read) for found in own if found.path not in known]
             with self._lock:
                 self.files.setdefault(class_name, []).extend(seen)
                 self._changes += 1

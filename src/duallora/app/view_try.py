@@ -13,7 +13,7 @@ from duallora.app.seen_file import Seen
 from duallora.app.session import NOTHING_LEARNED, Answer
 from duallora.app.shell import PRIVATE, Shell, count, sentences
 from duallora.app.uploads import Found
-from duallora.data.images import is_image_name, read_image
+from duallora.data.images import is_image_name
 from duallora.data.unreadable import left_out
 from duallora.errors import DualLoRAError
 from duallora.predictions import as_csv
@@ -103,7 +103,7 @@ class Try:
             return html.paragraph("Drop, choose, paste or photograph a picture.")
         name = str(payload.get("orig_name") or path.name)
         try:
-            read_image(path)
+            self.session.decoders.read(path)
         except DualLoRAError as error:
             raise DualLoRAError(str(error).replace(str(path), name)) from error
         (answer,) = self.session.ask([path], _TOP, float(below))
@@ -138,7 +138,7 @@ class Try:
                 f"these are {len(found):,} images, more than {_MOST_IMAGES:,}; `duallora predict` takes any "
                 "number."
             )
-        seen = [Seen.at(each) for each in found]
+        seen = [Seen.at(each, self.session.decoders.read) for each in found]
         good = [(each.name, s.path) for each, s in zip(found, seen, strict=True) if s.reason is None]
         bad = [(each.name, s.reason) for each, s in zip(found, seen, strict=True) if s.reason is not None]
         answers = self.session.ask([path for _, path in good], 3, below) if good else []

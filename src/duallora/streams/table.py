@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import open_regular
 from duallora.streams.collection import Collection, Part
 from duallora.streams.listed import Labelled, ListedImages
 from duallora.streams.names import normal
@@ -58,7 +60,7 @@ def _rows(path: Path) -> dict[str, _Row]:
     """The rows by their path as it is shown."""
     lines = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
