@@ -75,7 +75,7 @@ def refuse_blank(configs: Sequence[Mapping[str, Any]], parser: ArgumentParser) -
                 kind = "a list" if isinstance(value, list) else "a section"
                 takes = _takes(action) or "one value"
                 option = f"--{key.replace('_', '-')}"
-                raise DualLoRAError(f"{key} ({option}) is {kind} in the configuration; it takes {takes}.")
+                raise DualLoRAError(f"{key} is {kind} in the configuration; it takes {takes} ({option}).")
 
 
 def _may_be_none(action: Any) -> bool:
