@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from refit_tools import TASKS, prepared, slca, started
+from refit_tools import TASKS, prepared, slca, started, state_of
 from tiny import FAMILIES, tiny_backbone, tiny_images
 from torch import Tensor
 from torch.nn import functional as F
@@ -151,3 +151,16 @@ def test_every_refit_starts_from_the_heads_as_they_were_trained(
     learner.learn(TASKS[2])
     assert len(at_start) == 4 - first
     assert torch.equal(at_start[-1], torch.cat(trained))
+
+
+@pytest.mark.parametrize("name", ["sldc", "slca"])
+def test_a_state_without_trained_heads_goes_on_from_the_refitted_ones(name: str) -> None:
+    learner = started(name, 2)
+    missing = ("gaussians.weight", "gaussians.bias")
+    early = {key: x for key, x in state_of(learner).items() if key not in missing}
+    assert len(early) == len(state_of(learner)) - 2
+    other = started(name)
+    other.method.load_state(early)
+    heads = [torch.cat([h.weight for h in m.heads.tasks]) for m in (learner.method, other.method)]  # type: ignore[misc]
+    assert torch.equal(*heads)
+    assert torch.equal(other.method.state()["gaussians.weight"], heads[0])
