@@ -43,7 +43,7 @@ def test_a_known_domain_is_joined_and_an_unknown_one_is_opened() -> None:
     assert residuals(learner) == {0, 2}
     for module in learner.method.adapted.values():  # type: ignore[attr-defined]
         for group in module.groups.values():
-            assert group.owners == [1]  # O learns where R does not
+            assert group.owners == [0, 2]  # a known domain keeps its features
 
 
 def test_the_adapter_of_a_domain_gets_the_weights_of_all_its_tasks() -> None:
@@ -125,7 +125,7 @@ def test_heads_answer_on_top_of_the_rows_as_they_are_now() -> None:
     assert torch.allclose(found.heads, rows, atol=1e-4)
 
 
-def test_after_a_task_its_head_is_the_classifier_of_its_rows() -> None:
+def test_after_the_first_task_of_a_domain_its_head_is_the_classifier_of_its_rows() -> None:
     learner = learned(one_domain()[:1])
     method, (head,) = learner.method, learner.method.heads.tasks
     assert method.leader is None
@@ -147,4 +147,5 @@ def test_what_leads_reads_the_final_feature_alone() -> None:
     method.parameter_groups = watched  # type: ignore[method-assign]
     for task in one_domain()[:2]:
         learner.learn(task)
-    assert leading == 2 * [[(2, method.backbone.feature_dim), (2,)]]
+    assert leading[0] == [(2, method.backbone.feature_dim), (2,)]
+    assert leading[1] == [(2, method.backbone.row_dim), (2,)]

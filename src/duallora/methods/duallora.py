@@ -33,7 +33,7 @@ from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
 
 # A domain's first task may change all that its images show, which O may not: it learns so much faster.
-RESIDUAL_RATE = 2.0
+RESIDUAL_RATE = 4.0
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
 
@@ -50,8 +50,8 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from; with none, all is left to O.
         known_domain: mean familiarity of a task's images at the gate from which on they are of a known
-            domain, whose residual adapter the task uses as it is; below it, it trains its own, and above 1
-            every task does.
+            domain, whose adapters the task uses and leaves alone; below it, it trains its own, and so does
+            every task above 1.
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         top_tasks: most residual adapters that act on one image.
@@ -60,8 +60,6 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
     head_learning_rate: float = 1e-3
-    rank: int = 48
-    learning_rate: float = 4e-3
     projections: Literal["kv", "qv", "qkv"] = "qkv"
     residual_rank: int = 48
     moments: Literal["tokens", "class_token"] = "tokens"
@@ -150,8 +148,9 @@ class DualLoRA(Method):
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
+        first = self.memory.domains.uses[task.index] == task.index if self._by_domain else task.index == 0
         if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
-            if self._by_domain or self.config.residual == "none":
+            if first and (self._by_domain or self.config.residual == "none"):
                 lead(self, task)
             for place, subspace in self.subspaces.items():
                 self._open(task, place, subspace, seen.moments[place].value)
@@ -159,6 +158,8 @@ class DualLoRA(Method):
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
         config = self.config
+        if self.memory.domains.uses[task.index] != task.index:
+            return  # of a known domain: features stay as its first task made them, and rows where they are
         free = subspace.design(moment)
         a = free[:, : config.rank]
         candidates = {
@@ -167,11 +168,13 @@ class DualLoRA(Method):
             "own": lambda: own_directions(moment, a),
             "none": lambda: free[:, :0],
         }
-        own = self.memory.domains.uses[task.index] == task.index
-        if self._by_domain and own:  # no other domain sees what R learns, so that O has no part in it
-            a = free[:, :0]
-        psi = candidates[config.residual]()[:, : config.residual_rank if own else 0]
-        if config.rank and not a.shape[1] + psi.shape[1]:
+        if self._by_domain and config.residual == "own":
+            # No other domain sees what R learns: it takes the strongest directions, and O what is left.
+            psi = own_directions(moment, free[:, :0])[:, : config.residual_rank]
+            a = own_directions(moment, torch.cat([subspace.phi, psi], 1))[:, : config.rank]
+        else:
+            psi = candidates[config.residual]()[:, : config.residual_rank]
+        if config.rank and not a.shape[1]:
             warnings.warn(
                 f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
                 f"the orthogonal adapter learns nothing there in {task.name!r}. A lower energy_threshold "
@@ -323,7 +326,7 @@ class DualLoRA(Method):
                 basis = random_basis(module.dim, config.rank + wide, generator).float().to(self.device)
                 a, psi = basis[:, : config.rank].contiguous(), basis[:, config.rank :].contiguous()
                 own = self.memory.domains.uses[task.index] == task.index
-                a, psi = a[:, : 0 if own and self._by_domain else None], psi[:, : None if own else 0]
+                a, psi = a[:, : None if own else 0], psi[:, : None if own else 0]
                 module.groups[group].simulate(task.index, a, psi, generator)
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
