@@ -69,7 +69,7 @@ class MeansLearner:
             checkpoint.commit(Path(folder), manifest, {"means": torch.stack(self.means)})
 
     @classmethod
-    def load(cls, folder, *, device, progress, backbone=None):
+    def load(cls, folder, *, device, progress, backbone=None, features=None):
         manifest, tensors = checkpoint.read(Path(folder))
         learner = cls()
         learner.means = list(tensors["means"])
