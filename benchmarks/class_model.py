@@ -26,7 +26,7 @@ from duallora.classifiers.random_features import RandomFeatureModel
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset
-from residual_run import load
+from held_back import load
 
 CPU = torch.device("cpu")
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -64,7 +64,7 @@ class Stream:
     """Frozen features of a stream's training and test images, with their rows and classes."""
 
     def __init__(self, name: str, folder: str) -> None:
-        setting = load({"test": "held_back", "train_per_class": 60}, name, folder)
+        setting = load(name, folder)
         self.backbone, self.tasks = setting.backbone, list(setting.stream)
         self.train = [features(self.backbone, task.train) for task in self.tasks]
         self.test = torch.cat([features(self.backbone, task.test) for task in self.tasks])

@@ -33,7 +33,7 @@ from duallora.classifiers.covariance import shrunk
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset
-from residual_run import STREAMS, load
+from held_back import STREAMS, load
 
 CPU = torch.device("cpu")
 Reader = Callable[[Tensor], Tensor]
@@ -107,7 +107,7 @@ def by_energy(train: list[Set], f: Tensor) -> Tensor:
 
 def study(stream: str, folder: str) -> dict[str, Any]:
     """Figures of all places and judges on one stream."""
-    setting = load({"test": "held_back", "train_per_class": 60}, stream, folder)
+    setting = load(stream, folder)
     backbone, dim = setting.backbone, setting.backbone.dim
     sets = [(tokens(backbone, task.train), tokens(backbone, task.test)) for task in setting.stream]
     labels = [torch.tensor(task.train.targets) for task in setting.stream]

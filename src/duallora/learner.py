@@ -23,6 +23,7 @@ from duallora.data.transforms import Augmentation, evaluation_transform
 from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
+from duallora.methods.config import RETIRED_FIELDS
 from duallora.methods.duallora import DualLoRAConfig
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord
 from duallora.predictions import evaluation, predictions
@@ -349,7 +350,8 @@ class ContinualLearner:
                     f"the model uses method {manifest['method']!r}, unknown here; "
                     f"the methods are {', '.join(METHODS)}."
                 )
-            config = entry.config(**manifest["config"])
+            given = {name: x for name, x in manifest["config"].items() if name not in RETIRED_FIELDS}
+            config = entry.config(**given)
             learner = cls(
                 backbone,
                 config,

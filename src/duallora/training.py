@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from duallora.data.transforms import Augmentation
 from duallora.errors import DualLoRAError
 from duallora.methods import Batch, Method, MethodConfig, TaskInfo
+from duallora.methods.config import epochs_for
 from duallora.methods.schedules import rate_share
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
@@ -148,14 +149,15 @@ def _train(
     config, fabric = method.config, machine.fabric
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     parallel.copy_from_first(trained)
-    plain, schedule = make_optimizer(groups, config, config.epochs * math.ceil(len(data) / config.batch_size))
+    epochs = epochs_for(config, len(data))
+    plain, schedule = make_optimizer(groups, config, epochs * math.ceil(len(data) / config.batch_size))
     optimizer: Any = fabric.setup_optimizers(plain)
-    for epoch in range(config.epochs):
+    for epoch in range(epochs):
         wholes = chunked(_order(len(data), method.seed, task.index, epoch), config.batch_size)
         pieces = [_pieces(whole, machine.compute.accumulate) for whole in wholes]
         view = partial(_augmented, augmentation, epoch)
         found = batches(data, view, machine, [piece for own in pieces for piece, _ in own])
-        label = f"{task.name}: epoch {epoch + 1}/{config.epochs}"
+        label = f"{task.name}: epoch {epoch + 1}/{epochs}"
         for own in progress.track(pieces, len(pieces), label):
             optimizer.zero_grad()
             for (_, share), batch in zip(own, found, strict=False):

@@ -129,20 +129,19 @@ def test_merged_equals_unmerged_and_the_frozen_weight_is_never_touched() -> None
     assert not list(module.groups["kv"].parameters()), "nothing is left to train after a merge"
 
 
-def test_a_fixed_down_projection_gets_no_gradient_and_a_trained_one_does() -> None:
-    for train_a in (False, True):
-        module, _ = taught(["kv"], [(4, 3)], open_last=False)
-        adapter = module.groups["kv"]
-        adapter.begin(1, basis(4, 50), basis(3, 51), train_a)
-        with torch.no_grad():
-            adapter.b.normal_(generator=generator(1))
-        module.gate = lambda x: torch.ones(len(x), 2)
-        module(tokens()).square().sum().backward()
-        assert adapter.b.grad is not None and float(adapter.b.grad.abs().max()) > 0
-        assert adapter.c.grad is not None and float(adapter.c.grad.abs().max()) > 0
-        assert (adapter.a.grad is not None) == train_a
-        assert module.base.weight.grad is None
-        assert adapter.residuals[0].c.grad is None and not adapter.residuals[0].c.requires_grad
+def test_a_down_projection_gets_no_gradient() -> None:
+    module, _ = taught(["kv"], [(4, 3)], open_last=False)
+    adapter = module.groups["kv"]
+    adapter.begin(1, basis(4, 50), basis(3, 51))
+    with torch.no_grad():
+        adapter.b.normal_(generator=generator(1))
+    module.gate = lambda x: torch.ones(len(x), 2)
+    module(tokens()).square().sum().backward()
+    assert adapter.b.grad is not None and float(adapter.b.grad.abs().max()) > 0
+    assert adapter.c.grad is not None and float(adapter.c.grad.abs().max()) > 0
+    assert adapter.a.grad is None
+    assert module.base.weight.grad is None
+    assert adapter.residuals[0].c.grad is None and not adapter.residuals[0].c.requires_grad
 
 
 def test_up_projections_start_at_zero_and_empty_bases_are_skipped() -> None:

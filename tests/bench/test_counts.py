@@ -143,7 +143,6 @@ SETTINGS = {
     "layer": {"residual": "own", "gate": "layer"},
     "off": {"residual": "next", "gate": "off"},
     "energy": {"residual": "protected", "relevance": "energy"},
-    "projected": {"residual": "next", "orthogonal_update": "projected"},
     "class token": {"residual": "own", "moments": "class_token"},
 }
 

@@ -70,6 +70,8 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
         "rank": 4,
         "residual": "next",
         "residual_rank": 4,
+        "known_domain": 2.0,
+        "projections": "kv",
         "energy_threshold": 0.7,
         "learning_rate": 2e-2,
         "random_features": 48,

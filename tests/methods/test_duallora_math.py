@@ -48,7 +48,7 @@ def random_task(index: int, count: int = 12, classes: int = 2) -> Data:
 
 
 def method_of(backbone: Backbone | None = None, **fields: Any) -> DualLoRA:
-    fields = {"rank": 4, "residual_rank": 3} | fields
+    fields = {"rank": 4, "residual_rank": 3, "projections": "kv", "known_domain": 2.0} | fields
     return DualLoRA(
         tiny_backbone() if backbone is None else backbone, DualLoRAConfig(**{"residual": "next"} | fields), 0
     )
@@ -197,16 +197,14 @@ def test_class_token_moments_give_every_projection_its_own_bases() -> None:
 # -- what protects earlier tasks -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("orthogonal_update", ["designed", "projected"])
 @pytest.mark.parametrize("projections", ["kv", "qkv"])
-def test_inputs_of_exact_rank_keep_their_outputs(orthogonal_update: str, projections: str) -> None:
+def test_inputs_of_exact_rank_keep_their_outputs(projections: str) -> None:
     """One image has 17 tokens in 32 dimensions: at threshold 1 its whole span is protected everywhere."""
     backbone = tiny_backbone(depth=3)
     method = method_of(
         backbone,
         residual="none",
         energy_threshold=1.0,
-        orthogonal_update=orthogonal_update,
         projections=projections,
     )
     old, new = Data(0, tiny_images(1, 1), torch.zeros(1, dtype=torch.long)), random_task(1)
@@ -370,47 +368,6 @@ def test_the_last_directions_are_shared_out_before_they_run_out() -> None:
     assert adapter.a.shape[1] == 10 and adapter.psi.shape[1] == min(10, DIM - 1 - taken - 10)
 
 
-# -- the projected update ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("residual", ["next", "own", "none", "protected"])
-def test_a_trained_down_projection_stays_outside_the_protected_directions(residual: str) -> None:
-    method = method_of(orthogonal_update="projected", residual=residual, energy_threshold=0.6)
-    learn(method, random_task(0))
-    data = random_task(1)
-    method.prepare(data.info, data.loader)
-    adapter, phi = method.adapted[1].groups["kv"], method.subspaces[1, "kv"].phi.float()
-    start = adapter.a.detach().clone()
-    train(method, data, 20)
-    a = adapter.a.detach()
-    assert float((phi.T @ a).abs().max()) < 1e-5
-    if adapter.psi is not None:
-        assert float((adapter.psi.T @ a).abs().max()) < 1e-5
-    assert float((a - start).norm()) > 1e-2, "A must move"
-
-
-@pytest.mark.parametrize("residual", ["next", "own", "none", "protected"])
-@pytest.mark.parametrize("threshold", [0.6, 0.99])
-def test_projection_takes_off_the_protected_directions_and_no_others(residual: str, threshold: float) -> None:
-    """``protected`` bases lie inside Phi: they add nothing, and A must not lose anything else for them."""
-    method = method_of(
-        orthogonal_update="projected", residual=residual, energy_threshold=threshold, residual_rank=8
-    )
-    learn(method, random_task(0))
-    data = random_task(1)
-    method.prepare(data.info, data.loader)
-    adapter, phi = method.adapted[1].groups["kv"], method.subspaces[1, "kv"].phi
-    assert adapter.a is not None
-    with torch.no_grad():
-        adapter.a.normal_(generator=torch.Generator().manual_seed(0))
-    taken = phi if adapter.psi is None else torch.cat([phi, adapter.psi.double()], 1)
-    a = adapter.a.detach().double()
-    expected = a - taken @ torch.linalg.pinv(taken, rtol=1e-5) @ a
-    assert float(expected.norm()) > 0.1
-    method.after_step()
-    near(adapter.a, expected, atol=1e-4)
-
-
 def test_a_designed_down_projection_is_never_touched() -> None:
     method, data = method_of(), random_task(0)
     method.prepare(data.info, data.loader)
@@ -568,7 +525,8 @@ def test_the_calibrated_readout_equals_its_formula() -> None:
     near(readout.calibrated, torch.cat(expected, 1), atol=1e-4)
     near(readout.calibrated.exp().sum(1), torch.ones(6))
     near(readout.task_posterior.exp().sum(1), torch.ones(6))
-    near(readout.heads, method.heads(features).log_softmax(1))
+    changed = method.heads(features) - method.starts(features)
+    near(readout.heads, (log_q + changed / 2).log_softmax(1), atol=1e-4)
 
 
 def test_autocast_reaches_the_backbone_alone() -> None:

@@ -92,9 +92,9 @@ def test_the_rows_of_the_start_are_replaced_by_those_after_training(name: str) -
     assert_close(method.rows.moments.mean[-3:], expected.mean, rtol=1e-4, atol=1e-4)
 
 
-def test_only_duallora_and_its_control_start_so() -> None:
+def test_only_duallora_and_its_controls_start_so() -> None:
     for name, entry in METHODS.items():
-        assert entry.method.imprinted == (name in IMPRINTED), name
+        assert entry.method.imprinted == (name in (*IMPRINTED, "joint")), name
 
 
 def test_an_imprinted_head_is_read_beside_the_final_feature() -> None:

@@ -44,7 +44,6 @@ CASES: list[Case] = [
     ({}, {"projections": "qkv"}, EVERYTHING),
     ({}, {"moments": "class_token"}, EVERYTHING),
     ({"moments": "class_token"}, {"projections": "qkv"}, EVERYTHING),
-    ({}, {"orthogonal_update": "projected"}, EVERYTHING),
     ({}, {"energy_threshold": 0.5}, EVERYTHING),
     ({}, {"residual": "protected"}, EVERYTHING),
     ({}, {"residual": "own"}, EVERYTHING),
@@ -198,7 +197,6 @@ def test_options_together(residual: str, relevance: str, gate: str, calibration:
         "gate": gate,
         "calibration": calibration,
         "moments": ("tokens", "class_token")[index % 5 > 2],
-        "orthogonal_update": ("designed", "projected")[index % 3 > 1],
         "projections": ("kv", "qv", "qkv")[index % 7 % 3],
         "top_tasks": 1 + index % 3,
     }
@@ -283,7 +281,7 @@ def assert_finite(learner: ContinualLearner) -> None:
 
 
 CHOICES = [
-    *("projections", "moments", "orthogonal_update", "residual", "relevance", "gate"),
+    *("projections", "moments", "residual", "relevance", "gate"),
     "calibration",
 ]
 

@@ -15,51 +15,84 @@ from PIL import Image
 from duallora import METHODS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-EXPERIMENTS = sorted((BENCHMARKS / "residual").glob("*.yaml"))
+EXPERIMENTS = sorted((BENCHMARKS / "adapters").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def study() -> Any:
-    """The names of residual_run.py."""
+    """The names of adapters.py and held_back.py."""
     sys.path.insert(0, str(BENCHMARKS))
-    yield runpy.run_path(str(BENCHMARKS / "residual_run.py"), run_name="study")
+    yield {
+        name: runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="study")
+        for name in ("adapters", "adapters_tables", "held_back")
+    }
     sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Twenty classes of 52 training images: two are learned, 50 are asked about."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty classes of 52 training images: two are learned, up to 50 are asked about."""
     root = tmp_path_factory.mktemp("images")
     for number in range(20):
         for part, count in (("train", 52), ("val", 1)):
-            place = root / part / f"n{number:02}"
+            place = root / "tinyimagenet-cl100" / part / f"n{number:02}"
             place.mkdir(parents=True)
             for image in range(count):
                 pixels = np.full((8, 8, 3), (12 * number, image, 0), np.uint8)
                 Image.fromarray(pixels).save(place / f"{image:03}.png")
-    return str(root)
+    return root
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_names_a_method_and_streams(path: Path, study: Any) -> None:
     experiment = yaml.safe_load(path.read_text())
     given = dict(experiment["method"])
-    METHODS[given.pop("name", "duallora")].config(**study["SCHEDULE"] | given)
-    assert set(experiment["streams"]) <= set(study["STREAMS"])
+    METHODS[given.pop("name", "duallora")].config(**given)
+    assert set(experiment["streams"]) <= set(study["adapters"]["ORDER"])
     assert experiment["test"] in ("held_back", "val")
 
 
 @pytest.mark.parametrize(("name", "tasks"), [("random", 10), ("semantic", 10), ("domains", 5)])
-def test_a_stream_is_loaded(name: str, tasks: int, study: Any, folder: str) -> None:
+def test_a_stream_is_loaded(name: str, tasks: int, study: Any, folder: Path) -> None:
     """Held-back images are those after the training images of each class; val/ is not read."""
-    setting = study["load"]({"test": "held_back", "train_per_class": 2}, name, folder)
+    setting = study["held_back"]["load"](name, str(folder / "tinyimagenet-cl100"), 2)
     assert len(setting.stream) == tasks
     assert sum(len(task.train) for task in setting.stream) == 2 * 20 * (5 if name == "domains" else 1)
     assert sum(len(task.test) for task in setting.stream) == 50 * 20 * (5 if name == "domains" else 1)
     assert setting.augment == "crop,flip"
 
 
-@pytest.mark.parametrize("script", ["gate", "class_model", "growth", "fuzz", "kill", "residual", "serve"])
+@pytest.mark.parametrize(("test", "images"), [("val", 1), ("held_back", 15)])
+def test_the_study_of_adapters_tests_on_what_it_says(
+    test: str, images: int, study: Any, folder: Path
+) -> None:
+    stream = study["adapters"]["load_stream"](folder, "domains", test, 2)
+    assert len(stream) == 5
+    assert sum(len(task.train) for task in stream) == 2 * 20 * 5
+    assert sum(len(task.test) for task in stream) == images * 20 * 5
+
+
+def test_joint_training_gets_the_steps_of_all_tasks(study: Any, folder: Path) -> None:
+    stream = study["adapters"]["load_stream"](folder, "domains", "val", 2)
+    configured = study["adapters"]["configured"]
+    assert configured({"method": {"name": "joint"}}, stream, "domains")[1].min_steps == 500
+    assert configured({"method": {"name": "lora"}}, stream, "domains")[1].min_steps == 100
+
+
+def test_room_is_the_share_of_joint_trainings_gain(study: Any) -> None:
+    def run(name: str, accuracy: float) -> dict[str, Any]:
+        return {"experiment": name, "readouts": {k: {"accuracy": accuracy} for k in ("heads", "calibrated")}}
+
+    known = {"duallora": 55.0, "frozen": 50.0, "joint": 60.0}
+    runs = {(name, "gtsrb"): {0: run(name, accuracy)} for name, accuracy in known.items()}
+    room = study["adapters_tables"]["room"]
+    assert room(runs, "duallora", "gtsrb", 0) == 0.5
+    assert room(runs, "lora", "gtsrb", 0) is None
+
+
+@pytest.mark.parametrize(
+    "script", ["adapters", "adapters_steps", "gate", "class_model", "growth", "fuzz", "kill", "serve"]
+)
 def test_a_script_explains_itself(
     script: str, study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,7 +71,7 @@ class DualAdapter(Learned):
     def __init__(self, dim: int, out: int, device: torch.device = CPU) -> None:
         super().__init__(device)
         self.dim, self.out = dim, out
-        self.a: nn.Parameter | None = None  # A_t (d x r): fixed unless the update is projected
+        self.a: nn.Parameter | None = None  # A_t (d x r): fixed
         self.b: nn.Parameter | None = None  # B_t (r x out)
         self.orthogonal = Factors(device)
         self.dense: Tensor | None  # their sum (d x out, fp32), once the factors would be larger
@@ -99,14 +99,14 @@ class DualAdapter(Learned):
         """Residual adapters of the finished tasks."""
         return [Residual(task, psi, c) for task, (psi, c) in self.residual.groups()]
 
-    def begin(self, task: int, a: Tensor, psi: Tensor, train_a: bool = False) -> None:
+    def begin(self, task: int, a: Tensor, psi: Tensor) -> None:
         """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); empty ones are left out.
 
         B_t and C_t start at zero.
         """
         self.current = task
         if a.shape[1]:
-            self.a = nn.Parameter(a, requires_grad=train_a)
+            self.a = nn.Parameter(a, requires_grad=False)
             self.b = nn.Parameter(a.new_zeros(a.shape[1], self.out))
         if psi.shape[1]:
             self.psi = psi
@@ -142,12 +142,13 @@ class DualAdapter(Learned):
                 trained.copy_(0.02 * torch.randn(trained.shape, generator=generator))
         self.merge()
 
-    def forget(self, task: int) -> None:
-        """Loses the residual adapter of ``task``, and its factors where they are not summed up yet."""
+    def forget(self, task: int, residual: int | None = None) -> None:
+        """Loses the factors of ``task`` where they are not summed up yet, and the adapter ``residual``."""
         factors, owners = self.factors, self.owners
         kept = [i for i, owner in enumerate(owners) if owner != task]
         self.orthogonal.replace([factors[i] for i in kept], [owners[i] for i in kept])
-        self.residual.discard(task)
+        if residual is not None:
+            self.residual.discard(residual)
         self.restack()
 
     def orthogonal_product(self, x: Tensor) -> Product | None:
@@ -279,10 +280,15 @@ class AdaptedQKV(WrappedQKV):
             adapter.merge()
         self.refresh()
 
-    def forget(self, task: int) -> None:
-        """Loses what ``task`` added, so far as it is still apart, and refreshes the effective weight."""
+    def forget(self, task: int, residual: int | None = None) -> None:
+        """Loses what ``task`` added, so far as it is still apart, and refreshes the effective weight.
+
+        Args:
+            task: whose orthogonal factors go.
+            residual: whose residual adapter goes; None where another task still uses it.
+        """
         for adapter in self.groups.values():
-            adapter.forget(task)
+            adapter.forget(task, residual)
         self.refresh()
 
     def forward(self, x: Tensor) -> Tensor:

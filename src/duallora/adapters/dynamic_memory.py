@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -145,12 +145,13 @@ class GatePoint(nn.Module):
         if self.energy is not None and not bool(kept.any()):
             self.energy.forget(task)
 
-    def weights(self, f: Tensor, own: Own | None = None) -> Tensor:
+    def weights(self, f: Tensor, own: Own | None = None, uses: Sequence[int] = ()) -> Tensor:
         """Weights ``w`` (n, T) in [0, 1] for features (n, d), fp32, without gradient; 1 for a single task.
 
         Args:
             f: features at this point.
             own: for images of the current task: leave them out of their own row.
+            uses: the task whose adapter each task uses (T,): it gets the weights of all that use it.
         """
         with torch.no_grad(), torch.autocast(f.device.type, enabled=False):
             f, tasks = f.float(), self.rows.tasks
@@ -158,6 +159,8 @@ class GatePoint(nn.Module):
                 return torch.ones(f.shape[0], 1, device=f.device)
             # Also a sum of probabilities may be above 1, by rounding.
             found = self.rows.task_weights(f, own) if self.energy is None else self.energy.energies(f)
+            if any(task != owner for task, owner in enumerate(uses)):
+                found = torch.zeros_like(found).index_add_(1, torch.tensor(uses, device=f.device), found)
             weights = found.clamp(max=1.0)
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
@@ -170,6 +173,31 @@ class GatePoint(nn.Module):
         if self.energy is not None:
             even = {f"fit.{t}": torch.zeros_like(ENERGY_KAPPAS) for t in range(len(classes))}
             self.energy.load_state_dict({"means": torch.ones(len(classes), dtype=torch.float64)} | even)
+
+
+class Domains(Learned):
+    """Which tasks share a residual adapter.
+
+    Attributes:
+        uses: the task whose residual adapter each task uses: the first of its domain.
+    """
+
+    optional = frozenset({"shared"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared: Tensor | None  # uses; not there while no task shares
+        self.register_buffer("shared", None)
+        self.uses: list[int] = []
+
+    def note(self, uses: list[int]) -> None:
+        """Sets the list for all tasks."""
+        self.uses = uses
+        self.shared = torch.tensor(uses) if uses != list(range(len(uses))) else None
+
+    def restored(self, tasks: int) -> None:
+        """After a load: a model of so many tasks that says nothing shares nothing."""
+        self.uses = list(range(tasks)) if self.shared is None else self.shared.tolist()
 
 
 @dataclass
@@ -206,6 +234,7 @@ class DynamicMemory:
     def __init__(self, mode: str, points: dict[int, GatePoint], reader: TokenReader) -> None:
         self.mode, self.points, self.reader = mode, points, reader
         self.tasks = 0
+        self.domains = Domains()
         self.current: PerPass[GatePass] = PerPass()
 
     @contextmanager
@@ -237,10 +266,34 @@ class DynamicMemory:
         if self.mode == "off":
             seen.weights[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
         elif point is not None:
-            seen.weights[layer] = point.weights(seen.features[layer], self._own(point, seen))
+            own = self._own(point, seen)
+            seen.weights[layer] = point.weights(seen.features[layer], own, self.domains.uses)
         else:
             seen.weights[layer] = seen.weights[next(iter(self.points))]
         return seen.weights[layer]
+
+    def join(self, task: int, f0: dict[int, Tensor], threshold: float, adapted: Container[int]) -> None:
+        """Notes whose residual adapter the coming task uses: its own, if its images are unfamiliar.
+
+        New classes of a known domain lie near the rows of the old ones below the adapters; another domain
+        lies nowhere near them. So a domain has one adapter, which the gate finds however alike its classes.
+
+        Args:
+            task: index of the task, whose rows are not there yet.
+            f0: features of its images at every gate point (n, d).
+            threshold: mean familiarity from which on a domain is known; above 1 none ever is.
+            adapted: tasks that have a residual adapter of their own.
+        """
+        uses = [*self.domains.uses[:task], task]
+        if threshold <= 1:
+            layer, point = next(iter(self.points.items()))
+            f, rows = f0[layer].to(point.rows.device).float(), point.rows
+            if len(rows.task) and float(rows.familiarity(f).mean()) >= threshold:
+                shares = rows.task_weights(f).mean(0).cpu()
+                by_owner = torch.zeros_like(shares).index_add_(0, torch.tensor(uses[: len(shares)]), shares)
+                nearest = int(by_owner.argmax())
+                uses[task] = nearest if nearest in adapted else task
+        self.domains.note(uses)
 
     def release(self) -> None:
         """Forgets the features of single images, once the task they belong to has ended."""

@@ -84,11 +84,6 @@ class Subspace(Learned):
         start = int(self.sizes[:task].sum())
         return self.phi[:, start : start + int(self.sizes[task])]
 
-    def joined(self, basis: Tensor) -> Tensor:
-        """Orthonormal basis of the span of ``Phi`` and of ``basis`` (d x r, orthonormal)."""
-        u, size, _ = torch.linalg.svd(basis - self.phi @ (self.phi.T @ basis), full_matrices=False)
-        return torch.cat([self.phi, u[:, size > 1e-5]], 1)  # QR makes up directions where basis adds none
-
     def complement(self, moment: Tensor) -> Tensor:
         """``P S P`` with ``P = I - Phi Phi^T``."""
         projector = torch.eye(self.dim, dtype=torch.float64) - self.phi @ self.phi.T

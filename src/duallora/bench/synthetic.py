@@ -62,6 +62,8 @@ def fill(method: Method, tasks: Sequence[TaskInfo]) -> None:
     """
     for task in tasks:
         method.heads.open(len(task.classes), method.generator(task.index))
+        if method.imprinted:
+            method.starts.open(len(task.classes), method.generator(task.index))
         method.pretend(task.index)
     method.heads.requires_grad_(False)
     generator = method.generator(len(tasks), "measured rows")

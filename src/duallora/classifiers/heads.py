@@ -42,6 +42,12 @@ class Heads(Learned):
         head.weight.copy_(weight)  # type: ignore[operator]
         head.bias.copy_(bias)  # type: ignore[operator]
 
+    def copy_latest(self, other: Heads) -> None:
+        """Adds a copy of the latest head of ``other``."""
+        weight, bias = other.tasks[-1].weight.detach(), other.tasks[-1].bias.detach()  # type: ignore[operator]
+        self.open(len(bias), torch.Generator())
+        self.imprint(weight, bias)
+
     @torch.no_grad()
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses outputs of the head of ``task``; ``kept`` (|Y_t|,), bool, says which of them stay."""
@@ -70,7 +76,7 @@ class Heads(Learned):
         """Opens the heads that are loaded; their shapes say how many there are."""
         self.tasks = nn.ModuleList()
         for task in range(sum(name.startswith(prefix) and name.endswith(".weight") for name in state_dict)):
-            classes = state_dict[f"{prefix}tasks.{task}.weight"].shape[0]
+            classes, self.dim = state_dict[f"{prefix}tasks.{task}.weight"].shape
             self.open(max(classes, 1), torch.Generator())
             if not classes:  # forgotten; torch makes no layer without outputs and without a warning
                 self.forget(task, torch.zeros(1, dtype=torch.bool))

@@ -162,6 +162,8 @@ def _expected_minutes(images: TrainingImages, learner: ContinualLearner) -> floa
     """From the time of a few forward passes, and of reading the images once."""
     import torch
 
+    from duallora.methods.config import epochs_for
+
     batch = torch.zeros(_SAMPLE, *learner.backbone.info.input_size, device=learner.device)
     seconds = []
     with torch.no_grad():
@@ -169,7 +171,7 @@ def _expected_minutes(images: TrainingImages, learner: ContinualLearner) -> floa
             start = time.perf_counter()
             learner.backbone(batch).cpu()
             seconds.append(time.perf_counter() - start)
-    epochs = learner.config.epochs if len(images.train.classes) > 1 else 0
+    epochs = epochs_for(learner.config, len(images.train)) if len(images.train.classes) > 1 else 0
     passes = 2 + _STEP * epochs  # one before and one after training, and the training steps
     computing = min(seconds) / _SAMPLE * len(images.train) * passes
     return (computing + images.seconds * (2 + epochs)) / 60

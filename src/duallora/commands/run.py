@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,10 @@ def run_on(
     progress, config = Progress(quiet=not first), method.config()
     setting = parallel.first_alone(lambda: load_setting(stream, backbone))  # it may fetch what is not there
     name = method.name or DEFAULT_METHOD
-    learned = all_at_once(setting.stream) if METHODS[name].method.all_at_once else setting.stream
+    learned = setting.stream
+    if METHODS[name].method.all_at_once:  # one task, with the steps of all
+        learned = all_at_once(learned)
+        config = replace(config, min_steps=config.min_steps * len(setting.stream))
     known = None if features is None else FrozenFeatures.load(features, setting.backbone)
 
     def learner() -> ContinualLearner:

@@ -35,6 +35,7 @@ from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.head_starts import LEADER_RATE
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
@@ -65,6 +66,8 @@ class Method:
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
+        leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
+        starts: imprinted heads as they began; empty for other methods and for models saved without.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
         residual_norm: the same for the gated update.
@@ -91,17 +94,24 @@ class Method:
         self.device = next(backbone.parameters()).device
         width = backbone.row_dim if self.imprinted else backbone.feature_dim
         self.heads = Heads(width, self.device)
+        self.starts = Heads(width, self.device)
         self.rows = ClassStatistics(backbone.row_dim, self.device)
+        self.leader: Heads | None = None
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
-        for name, module in (("heads", self.heads), ("rows", self.rows), ("adapters", self.adapters)):
-            self.learned.add_module(name, module)
+        for name in ("heads", "starts", "rows", "adapters"):
+            self.learned.add_module(name, getattr(self, name))
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
         self.by_row: list[ByRow] = []
         self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
+
+    @property
+    def realigned(self) -> bool:
+        """Whether heads answer with what training changed, on top of the class rows as they are now."""
+        return 0 < len(self.heads.tasks) == len(self.starts.tasks)
 
     @property
     def answer(self) -> Literal["heads", "calibrated"]:
@@ -116,23 +126,6 @@ class Method:
             wrapper.separate()
         self.grow(task.index)
 
-    @torch.no_grad()
-    def imprint(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
-        """Starts the task's head as the classifier of its rows, so that training goes on from there.
-
-        From a random start the adapters would learn to please a head that knows nothing yet, and a short
-        task would end before the head has caught up with the class statistics.
-
-        Args:
-            task: the one being prepared.
-            features: of its images (n, row_dim), before training.
-            labels: (n,).
-        """
-        self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit_temperature(task.index, features, labels)
-        if len(labels) > len(task.classes):  # single images have no spread to weigh features by
-            self.heads.imprint(*self.rows.linear(task.index))
-
     def grow(self, task: int) -> None:
         """Creates the parameters of a task in ``adapters`` and freezes those that it leaves alone.
 
@@ -143,10 +136,11 @@ class Method:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of the current task with their learning rates, as an optimiser takes them.
 
-        The current head at ``head_learning_rate``, whatever in ``adapters`` takes gradients at
-        ``learning_rate``. An empty list means that nothing is trained.
+        The head at ``head_learning_rate``, what takes gradients in ``adapters`` at ``learning_rate``; an
+        empty list: nothing is trained.
         """
-        groups = [{"params": list(self.heads.tasks[-1].parameters()), "lr": self.config.head_learning_rate}]
+        rate = self.config.head_learning_rate * (1 if self.leader is None else LEADER_RATE)
+        groups = [{"params": list((self.leader or self.heads).tasks[-1].parameters()), "lr": rate}]
         trained = [p for p in self.adapters.parameters() if p.requires_grad]
         if trained:
             groups.append({"params": trained, "lr": vars(self.config)["learning_rate"]})
@@ -154,7 +148,7 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
-        return F.cross_entropy(self.heads.current(self.features(batch.images)), batch.labels)
+        return F.cross_entropy((self.leader or self.heads).current(self.features(batch.images)), batch.labels)
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
@@ -213,12 +207,7 @@ class Method:
         self.remember(task, features, labels)
 
     def keep_by_row(self, name: str, part: ByRow) -> None:
-        """Adds what is learned and forgotten row by row, beside the class rows themselves.
-
-        Args:
-            name: under which it is saved.
-            part: a module.
-        """
+        """Adds ``part``, learned and forgotten row by row beside the class rows, saved under ``name``."""
         self.learned.add_module(name, part)
         self.by_row.append(part)
 
@@ -276,6 +265,8 @@ class Method:
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
+        if self.realigned:  # they began under the covariance of their time, which later tasks change
+            logits = log_q + (logits - self.starts(encoding.features)) / 2
         return BatchOutputs(
             logits.log_softmax(1),
             calibrated,
@@ -298,11 +289,13 @@ class Method:
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
         for part in self.by_row:
             part.forget(stays)
-        self.heads.forget(task, kept)
+        for heads in (self.heads, self.starts) if self.realigned else (self.heads,):
+            heads.forget(task, kept)
         self.rows.forget(task, kept)
         if self.imprinted and not torch.equal(seen_from, self.rows.reference):
             # Heads began as classifiers seen from what is forgotten now, and those to come cannot be.
             self.heads.shift(*self.rows.seen_from(seen_from))
+            self.starts.shift(*self.rows.seen_from(seen_from))
 
     def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
         """Log p(t|f) (n, T) from the pass and the posterior over rows (n, R)."""

@@ -8,8 +8,12 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
-ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay"})
+ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay", "min_steps"})
 """Fields that came after the first published results, which were made at what is the default."""
+
+
+RETIRED_FIELDS = frozenset({"orthogonal_update"})
+"""Fields of models saved earlier that said how a task was trained, and say nothing of what was learned."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class MethodConfig:
 
     Attributes:
         epochs: passes over a task's training images.
+        min_steps: optimiser steps that a task gets at least, by further passes: few images need as many.
         batch_size: images per optimiser step.
         head_learning_rate: learning rate of the heads.
         optimizer: adam, adamw, or sgd with momentum .9.
@@ -37,6 +42,7 @@ class MethodConfig:
     )
 
     epochs: int = 4
+    min_steps: int = 0
     batch_size: int = 32
     head_learning_rate: float = 5e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -72,6 +78,11 @@ class AdapterFields:
     projections: Literal["kv", "qv", "qkv"] = "kv"
     first_adapted_layer: int | None = None
     learning_rate: float = 2e-3
+
+
+def epochs_for(config: MethodConfig, images: int) -> int:
+    """Passes over a task of so many images that reach both ``epochs`` and ``min_steps``."""
+    return max(config.epochs, math.ceil(config.min_steps / max(math.ceil(images / config.batch_size), 1)))
 
 
 def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:

@@ -6,6 +6,7 @@ paper's and what is ours stands in ``docs/method.md``, section by section in the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,9 +27,13 @@ from duallora.errors import DualLoRAError
 from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.head_starts import imprint, lead, settle
 from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
+
+# A domain's first task may change all that its images show, which O may not: it learns so much faster.
+RESIDUAL_RATE = 4.0
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
 
@@ -38,12 +43,15 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
     """Fields of DualLoRA; the first value of a choice is the default.
 
     Attributes:
+        head_learning_rate: learning rate of the heads, which begin as the classifiers of the rows.
         rank: r, rank of the orthogonal adapter.
         residual_rank: r_R, rank of the residual adapter.
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
-        orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
-        residual: where the residual adapter's bases come from; by default there is none (docs/residual.md).
+        residual: where the residual adapter's bases come from; with none, all is left to O.
+        known_domain: mean familiarity of a task's images at the gate from which on they are of a known
+            domain, whose adapters the task uses and leaves alone; below it, it trains its own, and so does
+            every task above 1.
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         top_tasks: most residual adapters that act on one image.
@@ -51,11 +59,13 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
-    residual_rank: int = 10
+    head_learning_rate: float = 1e-3
+    projections: Literal["kv", "qv", "qkv"] = "qkv"
+    residual_rank: int = 48
     moments: Literal["tokens", "class_token"] = "tokens"
-    orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
-    residual: Literal["none", "next", "protected", "own"] = "none"
+    residual: Literal["own", "next", "protected", "none"] = "own"
+    known_domain: float = 0.25
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
     top_tasks: int = 4
@@ -90,7 +100,7 @@ class DualLoRA(Method):
 
     paper = "DualLoRA 2024 (2411.00623)"
     stores = "factors of O, bases and C of R, Phi, heads, class rows, gate rows"
-    leaves = "its share of the pooled covariances and of Phi, and of an update that is summed up already"
+    leaves = "its share of the pooled covariances, Phi, summed up updates and its domain's residual adapter"
     reconstruction = True
     readout: ClassVar[Literal["heads", "calibrated"]] = "calibrated"
     imprinted: ClassVar[bool] = True
@@ -121,7 +131,7 @@ class DualLoRA(Method):
         self.learned.add_module("layers", layers_of)
         points = {str(layer): point for layer, point in self.memory.points.items()}
         self.learned.add_module("gate", nn.ModuleDict(points))
-        self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
+        self.learned.add_module("domains", self.memory.domains)
 
     # -- before the task -------------------------------------------------------------------------------------
 
@@ -129,19 +139,41 @@ class DualLoRA(Method):
         """One pass with the model as the last task left it: the head's start, gate rows, A_t and Psi_t."""
         super().prepare(task, loader)
         seen = self._pass(loader)
-        self.imprint(task, seen.features, seen.labels)
+        adapted = {
+            part.task for m in self.adapted.values() for g in m.groups.values() for part in g.residuals
+        }
+        known = self.config.known_domain if self._by_domain else math.inf
+        self.memory.join(task.index, seen.gate, known, adapted)
+        imprint(self, task, seen.features, seen.labels)
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
+        first = self.memory.domains.uses[task.index] == task.index if self._by_domain else task.index == 0
         if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
+            if first and (self._by_domain or self.config.residual == "none"):
+                lead(self, task)
             for place, subspace in self.subspaces.items():
                 self._open(task, place, subspace, seen.moments[place].value)
 
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
         config = self.config
+        if self.memory.domains.uses[task.index] != task.index:
+            return  # of a known domain: features stay as its first task made them, and rows where they are
         free = subspace.design(moment)
         a = free[:, : config.rank]
+        candidates = {
+            "next": lambda: free[:, config.rank :],
+            "protected": lambda: subspace.protected(moment),
+            "own": lambda: own_directions(moment, a),
+            "none": lambda: free[:, :0],
+        }
+        if self._by_domain and config.residual == "own":
+            # No other domain sees what R learns: it takes the strongest directions, and O what is left.
+            psi = own_directions(moment, free[:, :0])[:, : config.residual_rank]
+            a = own_directions(moment, torch.cat([subspace.phi, psi], 1))[:, : config.rank]
+        else:
+            psi = candidates[config.residual]()[:, : config.residual_rank]
         if config.rank and not a.shape[1]:
             warnings.warn(
                 f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
@@ -149,41 +181,26 @@ class DualLoRA(Method):
                 "leaves more room.",
                 stacklevel=2,
             )
-        candidates = {
-            "next": lambda: free[:, config.rank :],
-            "protected": lambda: subspace.protected(moment),
-            "own": lambda: own_directions(moment, a),
-            "none": lambda: free[:, :0],
-        }
-        psi = candidates[config.residual]()[:, : config.residual_rank]
-        projected = config.orthogonal_update == "projected"
-        if projected:
-            self._taken[place] = subspace.joined(psi).float().to(self.device)
         a, psi = (basis.float().to(self.device) for basis in (a * DESIGNED_SCALE, psi))
-        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, train_a=projected)
+        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi)
 
     # -- during the task -------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """B_t, C_t (and A_t if it is trained) beside the head."""
-        adapters = [p for m in self.adapted.values() for p in m.parameters() if p.requires_grad]
-        return [*super().parameter_groups(), {"params": adapters, "lr": self.config.learning_rate}]
+        """B_t and C_t beside the head."""
+        named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
+        rate = self.config.learning_rate
+        groups = super().parameter_groups()
+        for is_c, faster in ((False, 1.0), (True, RESIDUAL_RATE if self._by_domain else 1.0)):
+            some = [p for name, p in named if name.endswith(".c") == is_c]
+            groups += [{"params": some, "lr": rate * faster}] if some else []
+        return groups
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
         with self.context.autocast():
             features = self.encode(batch.images, (batch.labels, batch.indices)).features
-        return F.cross_entropy(self.heads.current(features), batch.labels)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Projected update: takes the parameter A_t off ``[Phi, Psi_t]``, which Adam's step leaves."""
-        if self.config.orthogonal_update == "designed":
-            return
-        for (layer, group), taken in self._taken.items():
-            a = self.adapted[layer].groups[group].a
-            if a is not None:
-                a.sub_(taken @ (taken.T @ a))
+        return F.cross_entropy((self.leader or self.heads).current(features), batch.labels)
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -198,29 +215,23 @@ class DualLoRA(Method):
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
         self.remember(task, seen.features, seen.labels)
-        self._taken = {}
+        settle(self, task)
         self.memory.release()
 
     @torch.no_grad()
     def _norms(self) -> tuple[float, float]:
         """``|A_t B_t| / |W_0|`` and ``|Psi_t C_t| / |W_0|`` (Frobenius), mean over layers and groups."""
-        orthogonal, residual = [], []
+
+        def share(left: Tensor | None, right: Tensor | None, frozen: Tensor) -> float:
+            return 0.0 if left is None or right is None else float((left @ right).norm() / frozen)
+
+        found = []
         for layer, group in self.subspaces:
-            adapter, frozen = (
-                self.adapted[layer].groups[group],
-                self.adapted[layer].frozen_weight(group).norm(),
-            )
-            orthogonal.append(
-                0.0
-                if adapter.a is None or adapter.b is None
-                else float((adapter.a @ adapter.b).norm() / frozen)
-            )
-            residual.append(
-                0.0
-                if adapter.psi is None or adapter.c is None
-                else float((adapter.psi @ adapter.c).norm() / frozen)
-            )
-        return sum(orthogonal) / len(orthogonal), sum(residual) / len(residual)
+            adapter = self.adapted[layer].groups[group]
+            frozen = self.adapted[layer].frozen_weight(group).norm()
+            found.append((share(adapter.a, adapter.b, frozen), share(adapter.psi, adapter.c, frozen)))
+        orthogonal, residual = zip(*found, strict=True)
+        return sum(orthogonal) / len(found), sum(residual) / len(found)
 
     # -- readouts --------------------------------------------------------------------------------------------
 
@@ -234,6 +245,7 @@ class DualLoRA(Method):
         with self.memory.reading(own) as seen:
             features = self.backbone(images).float()
         gate = None if self.config.residual == "none" else seen.mean_weights
+        gate = gate if gate is None else gate[:, self.memory.domains.uses]
         return Encoding(features, gate, seen.features)
 
     def extract(self, images: Tensor) -> Tensor:
@@ -251,7 +263,7 @@ class DualLoRA(Method):
     # -- forgetting ------------------------------------------------------------------------------------------
 
     def forget(self, task: int, kept: Tensor) -> None:
-        """With the last class of a task also its residual adapter, and its factors while they are apart.
+        """With the last class of a task its factors while they are apart, and R if no other task uses it.
 
         ``Phi`` stays: what later tasks were kept away from is no property of the forgotten task alone.
         """
@@ -259,8 +271,10 @@ class DualLoRA(Method):
         for point in self.memory.points.values():
             point.forget(task, kept)
         if not bool(kept.any()):
+            uses, left = self.memory.domains.uses, set(self.rows.task.tolist())
+            shared = any(uses[other] == uses[task] for other in left)
             for module in self.adapted.values():
-                module.forget(task)
+                module.forget(task, None if shared else uses[task])
         self.memory.release()
 
     # -- state -----------------------------------------------------------------------------------------------
@@ -295,6 +309,7 @@ class DualLoRA(Method):
         for module in self.adapted.values():
             module.refresh()
         self.memory.tasks = len(self.heads.tasks)
+        self.memory.domains.restored(self.memory.tasks)
 
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
@@ -303,12 +318,15 @@ class DualLoRA(Method):
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
         config, generator = self.config, self.generator(0, "measurement")
+        self.memory.domains.note([0 if self._by_domain else task.index for task in tasks])
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
             module = self.adapted[layer]
             for task in tasks:
                 basis = random_basis(module.dim, config.rank + wide, generator).float().to(self.device)
                 a, psi = basis[:, : config.rank].contiguous(), basis[:, config.rank :].contiguous()
+                own = self.memory.domains.uses[task.index] == task.index
+                a, psi = a[:, : None if own else 0], psi[:, : None if own else 0]
                 module.groups[group].simulate(task.index, a, psi, generator)
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
@@ -322,6 +340,11 @@ class DualLoRA(Method):
         self.memory.tasks = len(tasks)
 
     # -- helpers ---------------------------------------------------------------------------------------------
+
+    @property
+    def _by_domain(self) -> bool:
+        """Whether tasks of one domain share a residual adapter."""
+        return self.config.residual != "none" and self.config.gate != "off" and self.config.known_domain <= 1
 
     def _gate_points(self, layers: list[int], group: str, reader: TokenReader) -> dict[int, GatePoint]:
         """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.head_starts import imprint
 from duallora.methods.interface import Loader, TaskInfo
 
 
@@ -21,6 +22,8 @@ class LinearConfig(MethodConfig):
 @dataclass(frozen=True)
 class FrozenConfig(MethodConfig):
     """Fields of frozen features with rows and calibration: those of every method."""
+
+    head_learning_rate: float = 1e-3
 
 
 class Linear(Method):
@@ -47,7 +50,7 @@ class Frozen(Method):
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass: the head starts as the classifier of the task's rows."""
         super().prepare(task, loader)
-        self.imprint(task, *self.observe(loader))
+        imprint(self, task, *self.observe(loader))
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the bare backbone; those of augmented views, on which heads train, are never kept."""

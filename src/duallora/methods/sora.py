@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Method
-from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.config import AdapterFields, MethodConfig, epochs_for
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Loader, TaskInfo
 from duallora.methods.schedules import rate_share
@@ -112,7 +112,8 @@ class SoRA(Method):
         if len(task.classes) == 1:
             return  # nothing will be trained
         images = int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))
-        self.step, self.steps = 0, self.config.epochs * math.ceil(images / self.config.batch_size)
+        epochs = epochs_for(self.config, images)
+        self.step, self.steps = 0, epochs * math.ceil(images / self.config.batch_size)
         generator = self.generator(task.index, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator)

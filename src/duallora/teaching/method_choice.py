@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "duallora"
 # How a task is trained; all other fields decide what the saved weights mean.
 TRAINING_FIELDS = frozenset(
-    {"epochs", "batch_size", "learning_rate", "head_learning_rate", "optimizer", "schedule", "weight_decay"}
+    {
+        "epochs",
+        "min_steps",
+        "batch_size",
+        "learning_rate",
+        "head_learning_rate",
+        "optimizer",
+        "schedule",
+        "weight_decay",
+    }
 )
 _REMEDY = "leave it out, or teach the folder to a new model."
 

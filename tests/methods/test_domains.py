@@ -1,0 +1,151 @@
+"""A residual adapter for each domain: opened where the memory does not know the images, else shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_tasks import Patterns, assert_same_outputs, assert_same_state, new_learner, reloaded, small_config
+
+from duallora import ContinualLearner
+
+DEPTH = 3
+
+
+def one_domain() -> list[Patterns]:
+    """Three tasks of two classes: the same two patterns in other noise, under other names."""
+    tasks = [Patterns(["ant", "bee"], 8, seed) for seed in range(3)]
+    for task, names in zip(tasks, (["ant", "bee"], ["cat", "dog"], ["elk", "fox"]), strict=True):
+        task.classes = names
+    return tasks
+
+
+def learned(tasks: list[Patterns], **changes: Any) -> ContinualLearner:
+    learner = new_learner(small_config(residual="own", **({"known_domain": 0.25} | changes)), depth=DEPTH)
+    for task in tasks:
+        learner.learn(task)
+    return learner
+
+
+def residuals(learner: ContinualLearner) -> set[int]:
+    """Tasks that have a residual adapter of their own."""
+    modules = learner.method.adapted.values()  # type: ignore[attr-defined]
+    return {part.task for m in modules for g in m.groups.values() for part in g.residuals}
+
+
+def test_a_known_domain_is_joined_and_an_unknown_one_is_opened() -> None:
+    tasks = one_domain()
+    far = Patterns(["gnu", "hen"], 8, 5)
+    learner = learned([*tasks[:2], far])
+    assert learner.method.memory.domains.uses == [0, 0, 2]  # type: ignore[attr-defined]
+    assert residuals(learner) == {0, 2}
+    for module in learner.method.adapted.values():  # type: ignore[attr-defined]
+        for group in module.groups.values():
+            assert group.owners == [0, 2]  # a known domain keeps its features
+
+
+def test_the_adapter_of_a_domain_gets_the_weights_of_all_its_tasks() -> None:
+    tasks = one_domain()
+    learner = learned([*tasks[:2], Patterns(["gnu", "hen"], 8, 5)])
+    gate = learner.outputs(tasks[0]).gate
+    assert gate is not None
+    assert torch.equal(gate[:, 0], gate[:, 1])
+    assert bool((gate[:, 0] > 0.99).all())
+    assert bool((gate <= 1).all())
+
+
+@pytest.mark.parametrize(("known_domain", "uses"), [(0.0, [0, 0, 0]), (1.5, [0, 1, 2])])
+def test_the_threshold_decides(known_domain: float, uses: list[int]) -> None:
+    tasks = [
+        Patterns(names, 8, seed)
+        for seed, names in enumerate((["ant", "bee"], ["cat", "dog"], ["elk", "fox"]))
+    ]
+    learner = learned(tasks, known_domain=known_domain)
+    assert learner.method.memory.domains.uses == uses  # type: ignore[attr-defined]
+    assert residuals(learner) == set(uses)
+
+
+def test_a_task_does_not_join_a_domain_that_nothing_was_trained_in() -> None:
+    single = Patterns(["ant"], 8, 0)
+    learner = learned([single, *one_domain()[1:]], known_domain=0.0)
+    assert learner.method.memory.domains.uses == [0, 1, 1]  # type: ignore[attr-defined]
+
+
+def test_the_adapter_of_a_domain_goes_with_the_last_task_that_uses_it() -> None:
+    learner = learned(one_domain(), known_domain=0.0)
+    learner.forget(task="task 1")
+    assert residuals(learner) == {0}
+    learner.learn(Patterns(["gnu", "hen"], 8, 5))
+    learner.forget(task="task 2")
+    learner.forget(task="task 3")
+    assert residuals(learner) == {0}  # the fourth task is in the domain too
+    assert learner.method.memory.domains.uses == [0, 0, 0, 0]  # type: ignore[attr-defined]
+
+
+def test_a_domain_without_tasks_has_no_adapter() -> None:
+    learner = learned([*one_domain()[:1], Patterns(["gnu", "hen"], 8, 5)])
+    assert residuals(learner) == {0, 1}
+    learner.forget(task="task 1")
+    assert residuals(learner) == {1}
+
+
+def test_domains_survive_a_round_trip_and_learning_goes_on(tmp_path: Path) -> None:
+    tasks = [*one_domain(), Patterns(["gnu", "hen"], 8, 5)]
+    learner = learned(tasks)
+    loaded = reloaded(learner, tmp_path / "all", depth=DEPTH)
+    assert_same_outputs(loaded.outputs(tasks[1]), learner.outputs(tasks[1]))
+    resumed = reloaded(learned(tasks[:2]), tmp_path / "two", depth=DEPTH)
+    for task in tasks[2:]:
+        resumed.learn(task)
+    assert_same_state(resumed, learner)
+
+
+def test_the_residual_adapter_of_a_domain_does_not_move_another_ones_features() -> None:
+    first, far = one_domain()[0], Patterns(["gnu", "hen"], 8, 5)
+    learner = learned([first], rank=0)
+    before = learner.outputs(first).features
+    learner.learn(far)
+    # Beside the gate's share of the new adapter nothing has changed.
+    assert torch.allclose(learner.outputs(first).features, before, atol=1e-4)
+
+
+def test_heads_answer_on_top_of_the_rows_as_they_are_now() -> None:
+    """A head that training did not change answers as its rows do, whatever tasks came after it."""
+    tasks = one_domain()
+    learner = new_learner(small_config("frozen", head_learning_rate=1e-12), depth=DEPTH)
+    for task in tasks:
+        learner.learn(task)
+    images = torch.stack([learner.preprocess(image) for image, _ in tasks[0]])
+    method = learner.method
+    with torch.no_grad():
+        found = method.logits(images)
+        rows = method.rows.log_q(method.extract(images).float())
+    assert torch.allclose(found.heads, rows, atol=1e-4)
+
+
+def test_after_the_first_task_of_a_domain_its_head_is_the_classifier_of_its_rows() -> None:
+    learner = learned(one_domain()[:1])
+    method, (head,) = learner.method, learner.method.heads.tasks
+    assert method.leader is None
+    weight, bias = method.rows.linear(0)
+    assert torch.equal(head.weight, weight) and torch.equal(head.bias, bias)
+    assert torch.equal(method.starts.tasks[0].weight, weight)
+
+
+def test_what_leads_reads_the_final_feature_alone() -> None:
+    learner = new_learner(small_config(residual="own", known_domain=0.25), depth=DEPTH)
+    method, leading = learner.method, []
+    groups = method.parameter_groups
+
+    def watched() -> list[dict[str, Any]]:
+        found = groups()
+        leading.append([tuple(p.shape) for p in found[0]["params"]])
+        return found
+
+    method.parameter_groups = watched  # type: ignore[method-assign]
+    for task in one_domain()[:2]:
+        learner.learn(task)
+    assert leading[0] == [(2, method.backbone.feature_dim), (2,)]
+    assert leading[1] == [(2, method.backbone.row_dim), (2,)]
