@@ -1,4 +1,4 @@
-# `make run` and `make test` need make, Python 3.11 or newer with its venv module, and a package registry.
+# `make run`, `make check` and `make test` need make, Python 3.11 or newer with its venv module, and a package registry.
 
 # The first interpreter that is new enough and can create an environment.
 CAN_RUN := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -11,17 +11,25 @@ BIN := $(VENV)/bin
 OUT ?= $(shell out=runs/digits; n=1; while [ -e $$out/results.json ]; do \
 	n=$$((n + 1)); out=runs/digits-$$n; done; echo $$out)
 
-.PHONY: run test clean
+# Two files of tests at a time; a file's tests stay together, because they share what one of them has learned.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
+.PHONY: run lint check test clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed-report
 	$(BIN)/duallora run --stream digits --backbone embedded --out $(OUT)
 
-test: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src/
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(PYTEST) -m "not slow and not process and not browser"
+
+test: lint
+	$(PYTEST) --durations=15
 
 clean:
 	rm -rf $(VENV)

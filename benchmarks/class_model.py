@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.covariance import shrunk
 from duallora.classifiers.random_features import RandomFeatureModel
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
@@ -84,11 +85,11 @@ class Stream:
 
     def rows(self, columns: slice) -> Tensor:
         """Log-posterior of Gaussian rows on some columns (n, R)."""
-        rows = RowMemory(self.test[:, columns].shape[1], CPU)
+        rows = ClassStatistics(self.test[:, columns].shape[1], CPU)
         for t, (f, task) in enumerate(zip(self.train, self.tasks, strict=True)):
             y = torch.tensor(task.train.targets)
             rows.replace(t, ClassMoments.of(f[:, columns], y, len(task.train.classes)))
-            rows.fit(t, f[:, columns], y)
+            rows.fit_temperature(t, f[:, columns], y)
         return rows.log_q(self.test[:, columns])
 
     def ridge(self, columns: slice) -> Tensor:

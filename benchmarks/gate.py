@@ -28,7 +28,8 @@ from torch import Tensor
 from duallora.adapters.dynamic_memory import EnergyMemory
 from duallora.adapters.subspace import Subspace
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, shrunk
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.covariance import shrunk
 from duallora.data.transforms import evaluation_transform
 from duallora.storage.atomic import write_atomic
 from duallora.streams import TaskDataset
@@ -64,20 +65,20 @@ def tokens(backbone: Backbone, data: TaskDataset) -> dict[str, Tensor]:
 
 def by_class(train: list[Set], f: Tensor, kappa: float | None) -> Tensor:
     """Log-weights of the tasks (n, T) from Gaussian rows."""
-    rows = RowMemory(f.shape[1], CPU)
+    rows = ClassStatistics(f.shape[1], CPU)
     for task, (x, y, classes) in enumerate(train):
         rows.replace(task, ClassMoments.of(x, y, classes))
-        rows.fit(task, x, y)
+        rows.fit_temperature(task, x, y)
     log_q = ((rows.kappa if kappa is None else kappa) * rows.scores(f)).log_softmax(1)
     return rows.by_task(log_q)
 
 
 def by_task(train: list[Set], f: Tensor) -> Tensor:
     """One Gaussian a task around its mean, one covariance for all."""
-    rows = RowMemory(f.shape[1], CPU)
+    rows = ClassStatistics(f.shape[1], CPU)
     for task, (x, y, _) in enumerate(train):
         rows.replace(task, ClassMoments.of(x, torch.zeros_like(y), 1))
-        rows.fit(task, x, torch.zeros_like(y))
+        rows.fit_temperature(task, x, torch.zeros_like(y))
     return rows.by_task(rows.log_q(f))
 
 
@@ -100,7 +101,7 @@ def by_energy(train: list[Set], f: Tensor) -> Tensor:
     for task, (x, _, _) in enumerate(train):
         subspace.grow(x.double().T @ x.double() / len(x), 0.95)
         memory.replace(task, subspace.block(task), x)
-        memory.fit(task, x)
+        memory.fit_temperature(task, x)
     return memory.log_posterior(f)
 
 

@@ -27,14 +27,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory, sum_rows
-from duallora.classifiers.heads import calibrate
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.log_probabilities import sum_rows
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import load_setting
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS
-from duallora.methods.base import Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.drift import ridge_map
+from duallora.methods.interface import Encoding, TaskInfo
 from duallora.storage.atomic import write_atomic
 from duallora.streams import Stream, TaskDataset, all_at_once
 
@@ -68,8 +70,8 @@ class Twins:
         final, dim = method.backbone.feature_dim, method.backbone.row_dim
         widths = {"final": final, "last": final + method.backbone.dim, "all": dim}
         self.method = method
-        self.twins = {name: (RowMemory(width, method.device), width) for name, width in widths.items()}
-        self.moved = RowMemory(dim, method.device)
+        self.twins = {name: (ClassStatistics(width, method.device), width) for name, width in widths.items()}
+        self.moved = ClassStatistics(dim, method.device)
         self.start: Tensor | None = None
         self.images = torch.zeros(0)
         own = method.remember
@@ -78,11 +80,11 @@ class Twins:
             own(task, features, labels)
             for rows, width in self.twins.values():
                 rows.replace(task.index, ClassMoments.of(features[:, :width], labels, len(task.classes)))
-                rows.fit(task.index, features[:, :width], labels)
+                rows.fit_temperature(task.index, features[:, :width], labels)
             if self.start is not None:
                 self.moved.move(ridge_map(self.start, self._after(task.index)))
             self.moved.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-            self.moved.fit(task.index, features, labels)
+            self.moved.fit_temperature(task.index, features, labels)
 
         method.remember = remember  # type: ignore[method-assign]
 
@@ -112,7 +114,7 @@ class Twins:
 
     def readouts(self, features: Tensor) -> dict[str, Tensor]:
         """Log-probabilities of the rows (n, R) by readout for features (n, row_dim)."""
-        logits = self.method.head_logits(features)
+        logits = self.method.head_logits(Encoding(features))
         row_task = self.method.rows.task
         known = {name: rows.log_q(features[:, :width]) for name, (rows, width) in self.twins.items()}
         known["moved"] = self.moved.log_q(features)
@@ -203,9 +205,9 @@ class Study:
             images, names = self.tests[t]
             for batch in images.split(BATCH):
                 self.truth = t
-                features.append(self.method.extract(batch).float())
-                weights = self.method.gate_weights()
-                gates += [] if weights is None else [weights]
+                seen = self.method.encode(batch)
+                features.append(seen.features)
+                gates += [] if seen.gate is None else [seen.gate]
             labels += [self.learner.classes.index(name) for name in names]
             truth += [t] * len(names)
         f, y, task = torch.cat(features), torch.tensor(labels), torch.tensor(truth)
@@ -245,7 +247,7 @@ class Study:
         return {
             "top": self._gated_by(lambda w: torch.zeros_like(w).scatter(1, w.argmax(1, keepdim=True), 1.0)),
             "suppressed": self._gated_by(
-                lambda w: w * point.rows.familiarity(memory.features[layer].float())[:, None]
+                lambda w: w * point.rows.familiarity(memory.current.get().features[layer].float())[:, None]
             ),
         }
 

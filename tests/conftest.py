@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 import torch
+from command_line import Call, caller, use_tiny_backbone
 
 # Sums are then added up in the same order on every machine, and processes can be forked safely.
 torch.set_num_threads(1)
@@ -13,3 +15,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs commands on a tiny backbone."""
+    use_tiny_backbone(monkeypatch)
+    return caller(capsys)

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import assert_refused, caller
+from small_tasks import new_learner, small_config, three_tasks
 from torch import Tensor
 
-from command_line import assert_refused, caller
-from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, load_backbone, metrics, streams
+from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError, load_backbone, streams
 from duallora.bench.synthetic import simulated_learner
 from duallora.export import METADATA, OUTPUTS, Format, export, metadata
-from duallora.predictions import task_probabilities
-from small_tasks import new_learner, small_config, three_tasks
+from duallora.predictions import class_probabilities, task_probabilities
+
+pytestmark = pytest.mark.slow
 
 FORMATS: tuple[Format, ...] = ("torch-export", "onnx")
 CONFIG = DualLoRAConfig(rank=4, residual="own", residual_rank=4, epochs=1)
@@ -40,7 +42,7 @@ def learner(request: pytest.FixtureRequest, digits: streams.Stream) -> Continual
 
 def expected(learner: ContinualLearner, images: Tensor) -> list[Tensor]:
     outputs = learner.outputs_of([images])
-    probabilities = metrics.class_probabilities(outputs, outputs.readout).float()
+    probabilities = class_probabilities(outputs).float()
     return [probabilities, outputs.task_posterior.exp(), outputs.familiarity]
 
 

@@ -9,13 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from duallora import METHODS, ContinualLearner, DualLoRAError
-from duallora.forgetting import relearned
-from duallora.metrics import class_probabilities
-from duallora.outputs import Outputs
-from duallora.storage import checkpoint
-from duallora.streams.task import as_task_dataset, concatenated
 from small_tasks import (
     Patterns,
     assert_same_outputs,
@@ -27,6 +20,13 @@ from small_tasks import (
     unseen,
 )
 from tiny import tiny_backbone
+
+from duallora import METHODS, ContinualLearner, DualLoRAError
+from duallora.outputs import Outputs
+from duallora.predictions import class_probabilities
+from duallora.storage import checkpoint
+from duallora.streams.task import as_task_dataset, concatenated
+from duallora.teaching.take_back import relearned
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from duallora.classifiers.class_statistics import sum_rows
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
+from duallora.predictions import log_rows, summed_classes, summed_tasks
 from duallora.storage.atomic import write_atomic
 
 Format = Literal["torch-export", "onnx"]
@@ -53,16 +53,15 @@ class Exported(nn.Module):
         self.register_buffer("row_class", torch.tensor(rows, device=learner.device), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See the class; the same sums as in ``predict``, in fp32."""
+        """See the class; the sums of ``predict``, in fp32."""
         (method,) = self._method
         readout = method.logits(images)
-        rows, task = readout.heads, readout.task_posterior
-        if method.answer == "heads":
-            task = sum_rows(readout.heads, method.rows.row_task, self.tasks)
-        elif readout.calibrated is not None:
-            rows = readout.calibrated
-        one_hot = nn.functional.one_hot(self.row_class, self.classes).to(rows.dtype)
-        return rows.exp() @ one_hot, task.exp(), readout.familiarity
+        rows = log_rows(readout, method.answer)
+        return (
+            summed_classes(rows, self.row_class, self.classes),
+            summed_tasks(readout, method.answer, method.rows.row_task, self.tasks),
+            readout.familiarity,
+        )
 
 
 def export(learner: ContinualLearner, form: Format, file: Path) -> None:
@@ -157,8 +156,6 @@ def traced(learner: ContinualLearner) -> torch.export.ExportedProgram:
         raise DualLoRAError(
             f"{learner.method_name} on {learner.backbone.info.name} cannot be exported: {reason}"
         ) from error
-    finally:
-        model(example)  # what a pass leaves in the method is a tensor again, and none of a graph
     return program
 
 

@@ -1,24 +1,19 @@
-"""Taking back what was taught: classes and tasks leave a learner, and what is left of them is measured."""
+"""Taking back what was taught: classes and tasks leave a learner."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from duallora.errors import DualLoRAError
-from duallora.outputs import TaskRecord
-from duallora.streams import TaskDataset
-from duallora.training import EVALUATION_BATCH, batches, chunked
+from duallora.outputs import TaskRecord, free_name
 
 if TYPE_CHECKING:
-    from duallora.classifiers.class_statistics import RowMemory
-    from duallora.learner import ContinualLearner
+    from duallora.methods import Method
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,14 @@ class Forgotten:
     still_named: tuple[str, ...] = ()
 
 
-def forget(learner: ContinualLearner, *, task: str | None = None, name: str | None = None) -> Forgotten:
+def forget(
+    method: Method,
+    tasks: list[TaskRecord],
+    known: list[str],
+    *,
+    task: str | None = None,
+    name: str | None = None,
+) -> Forgotten:
     """Takes a task or a class back, in memory; a forgotten task keeps its index and neither class nor name.
 
     A class that several tasks taught is forgotten in all of them. A task of which no class is left is
@@ -44,15 +46,17 @@ def forget(learner: ContinualLearner, *, task: str | None = None, name: str | No
     named after its classes is renamed after those that are left; another name stays.
 
     Args:
-        learner: changed in place.
+        method: of the learner; changed in place.
+        tasks: records of all tasks; changed in place.
+        known: names of all classes; changed in place.
         task: name of a task.
         name: of a class; one of the two is given.
 
     Raises:
         DualLoRAError: there is none of that name, or it is all that the learner knows.
     """
-    found = _positions(learner, task, name)
-    records = list(learner.tasks)
+    found = _positions(tasks, known, task, name)
+    records = list(tasks)
     left = {t: [c for c in records[t].classes if task is None and c != name] for t in found}
     if not any(left.get(t, record.classes) for t, record in enumerate(records)):
         raise DualLoRAError("this is all that the model knows; delete its folder instead.")
@@ -60,8 +64,8 @@ def forget(learner: ContinualLearner, *, task: str | None = None, name: str | No
     for t, classes in left.items():
         record = records[t]
         kept = torch.tensor([c in classes for c in record.classes])
-        count = learner.method.rows.moments.count[learner.method.rows.task == t]
-        learner.method.forget(t, kept)
+        count = method.rows.moments.count[method.rows.task == t]
+        method.forget(t, kept)
         if classes:
             images = record.train_images - int(count[~kept].sum())
             renamed = _renamed(record, classes, {each.name for each in records})
@@ -69,60 +73,25 @@ def forget(learner: ContinualLearner, *, task: str | None = None, name: str | No
         else:
             gone.append(record.name)
             records[t] = _without_a_trace(record, t, {each.name for each in records})
-    known = {c for record in records for c in record.classes}
-    lost = tuple(c for c in learner.classes if c not in known)
-    learner.tasks[:] = records
-    learner.classes[:] = [c for c in learner.classes if c in known]
+    still_known = {c for record in records for c in record.classes}
+    lost = tuple(c for c in known if c not in still_known)
+    tasks[:] = records
+    known[:] = [c for c in known if c in still_known]
     still = [r.name for r in records if r.classes and any(_within(c, r.name) for c in lost)]
     return Forgotten(lost, tuple(gone), tuple(still))
 
 
-def relearned(learner: ContinualLearner, data: TaskDataset) -> Tensor:
-    """How well classes that a learner does not know could be taught again, from its weights as they are.
-
-    All of them become class rows beside the known ones, under the covariance that is there; every image is
-    left out of the mean of its own class when it is answered.
-
-    Args:
-        learner: whose features and rows are used; nothing about it changes.
-        data: images of classes that it does not know, two or more of each.
-
-    Returns:
-        The share of images of every class of ``data`` that are recognised (C,), fp64.
-    """
-    chunks = chunked(range(len(data)), EVALUATION_BATCH)
-    view = partial(_evaluation_view, learner)
-    features, labels = learner.method.observe(partial(batches, data, view, learner.machine, chunks))
-    return _recognised(learner.method.rows, features, labels, len(data.classes))
-
-
-def _evaluation_view(learner: ContinualLearner, image: object, _: int) -> Tensor:
-    return learner.preprocess(image)
-
-
-@torch.no_grad()
-def _recognised(rows: RowMemory, features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    z, own = rows.whitened(features).cpu().double(), labels.cpu()
-    count = torch.bincount(own, minlength=classes).double()
-    mean = torch.zeros(classes, z.shape[1], dtype=z.dtype).index_add_(0, own, z) / count[:, None]
-    scores = z @ mean.T - mean.square().sum(1) / 2
-    n = count[own][:, None]
-    without = (n * mean[own] - z) / (n - 1)  # the mean of the other images of the class
-    alone = (z * without).sum(1) - without.square().sum(1) / 2
-    scores = scores.scatter(1, own[:, None], alone[:, None])
-    known = rows.scores(features).cpu().double()
-    right = torch.cat([scores, known], 1).argmax(1) == own
-    return torch.bincount(own[right], minlength=classes).double() / count
-
-
-def _positions(learner: ContinualLearner, task: str | None, name: str | None) -> Sequence[int]:
+def _positions(
+    tasks: Sequence[TaskRecord], known: Sequence[str], task: str | None, name: str | None
+) -> Sequence[int]:
     """Indices of the tasks that are concerned."""
+    names: Sequence[str]
     if task is not None:
-        found = [t for t, record in enumerate(learner.tasks) if record.name == task and record.classes]
-        names, kind, asked = [record.name for record in learner.tasks if record.classes], "task", task
+        found = [t for t, record in enumerate(tasks) if record.name == task and record.classes]
+        names, kind, asked = [record.name for record in tasks if record.classes], "task", task
     else:
-        found = [t for t, record in enumerate(learner.tasks) if name in record.classes]
-        names, kind, asked = learner.classes, "class", str(name)
+        found = [t for t, record in enumerate(tasks) if name in record.classes]
+        names, kind, asked = known, "class", str(name)
     if found:
         return found
     shown = ", ".join(map(repr, names[:10])) + (" ..." if len(names) > 10 else "")
@@ -135,8 +104,7 @@ def _renamed(record: TaskRecord, classes: Sequence[str], taken: set[str]) -> str
     # A number tells tasks of equal classes apart.
     if not re.fullmatch(re.escape(old) + r"( \d+)?", record.name):
         return record.name
-    names = (base, *(f"{base} {number}" for number in range(2, len(taken) + 3)))
-    return next(name for name in names if name not in taken)
+    return free_name(base, taken)
 
 
 def _within(name: str, text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,22 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from duallora import metrics
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
+from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.data.images import to_pil
 from duallora.data.transforms import Augmentation, evaluation_transform
 from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
-from duallora.methods import METHODS, Method, MethodConfig, TaskInfo, method_name
+from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.duallora import DualLoRAConfig
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy, TaskRecord
-from duallora.predictions import predictions
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord
+from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage import checkpoint
-from duallora.streams import TaskDataset
-from duallora.streams.task import as_task_dataset
+from duallora.streams.task import as_task_dataset, without_empty_classes
 from duallora.training import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
 
 
@@ -45,6 +45,9 @@ class ContinualLearner:
             and everything else of :class:`Compute`.
         augment: ``"crop,flip"``, ``"crop"`` or ``"none"``.
         progress: where to report; the default is silent.
+        features: of the bare backbone, for methods that read them; they change no result.
+        exact_readouts: predictions in fp32 whatever the precision of the machine, because bf16 would round by
+            batch size; a measurement of speed may do without.
 
     Attributes:
         tasks: records of the tasks learned so far.
@@ -64,6 +67,8 @@ class ContinualLearner:
         device: str | Machine = "auto",
         augment: str = "crop,flip",
         progress: Progress | None = None,
+        features: FrozenFeatures | None = None,
+        exact_readouts: bool = True,
     ) -> None:
         config = method if method is not None else DualLoRAConfig()
         self.config, self.seed, self.augment = config, seed, augment
@@ -72,8 +77,9 @@ class ContinualLearner:
         self.machine = Machine.of(device)
         self.backbone = load_backbone(backbone, backbone_file) if isinstance(backbone, str) else backbone
         self.backbone.to(self.machine.device)
-        self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed)
-        self.method.autocast = self.machine.autocast
+        autocast = self.machine.autocast
+        context = MethodContext(autocast, nullcontext if exact_readouts else autocast, features)
+        self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed, context)
         self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
         if self.machine.compute.compile:
             self.backbone.compile(dynamic=True)
@@ -106,7 +112,7 @@ class ContinualLearner:
                 any other error or interruption it has to be loaded again.
         """
         self._check_usable()
-        data, classes = _present_classes(dataset)
+        data, classes = without_empty_classes(dataset)
         taken = {task.name for task in self.tasks}
         numbered = (f"task {number}" for number in itertools.count(len(self.tasks) + 1))
         name = name if name is not None else next(free for free in numbered if free not in taken)
@@ -154,8 +160,12 @@ class ContinualLearner:
         outputs = self.outputs_of(batch.images for batch in found)
         return outputs.gathered() if divided else outputs
 
-    def outputs_of(self, images: Iterable[Tensor]) -> Outputs:
-        """Raw outputs for batches of preprocessed images (B, 3, H, W).
+    def outputs_of(self, images: Iterable[Tensor], *, cached: bool = True) -> Outputs:
+        """Raw outputs for batches of preprocessed images.
+
+        Args:
+            images: batches (B, 3, H, W).
+            cached: ``features`` may be used, where they were given.
 
         Raises:
             DualLoRAError: if nothing has been learned yet.
@@ -163,7 +173,7 @@ class ContinualLearner:
         self._check_usable()
         if not self.tasks:
             raise DualLoRAError("this learner has learned nothing yet; call learn first.")
-        readouts = [self.method.logits(batch.to(self.device)) for batch in images]
+        readouts = [self.method.logits(batch.to(self.device), cached=cached) for batch in images]
         if not readouts:
             raise DualLoRAError("there are no images to look at; give at least one.")
 
@@ -190,7 +200,7 @@ class ContinualLearner:
             DualLoRAError: if a class of the data set has not been learned.
         """
         self._check_usable()
-        data, names = _present_classes(dataset)
+        data, names = without_empty_classes(dataset)
         unknown = [name for name in names if name not in self.classes]
         if unknown:
             shown = ", ".join(repr(name) for name in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
@@ -199,25 +209,7 @@ class ContinualLearner:
         labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
         latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
-        confidence, right = metrics.top_class(outputs, outputs.readout, labels)
-        found_task = metrics.predicted_tasks(outputs, outputs.readout)
-        count = len(self.tasks)
-        confusion = torch.bincount(true_task * count + found_task, minlength=count * count).reshape(
-            count, count
-        )
-        tasks = []
-        for t, task in enumerate(self.tasks):
-            mine = right[true_task == t]
-            tasks.append(
-                TaskAccuracy(task.name, int(mine.sum()) / len(mine) if len(mine) else None, len(mine))
-            )
-        return Evaluation(
-            accuracy=int(right.sum()) / len(right),
-            tasks=tuple(tasks),
-            task_confusion=tuple(tuple(row) for row in confusion.tolist()),
-            calibration_error=metrics.calibration_error(confidence, right),
-            images=len(right),
-        )
+        return evaluation(outputs, labels, true_task, [task.name for task in self.tasks])
 
     def predict(self, images: Iterable[Any], top: int = 3) -> list[Prediction]:
         """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.
@@ -228,11 +220,8 @@ class ContinualLearner:
         items = list(images)
         if not items:
             return []
-        kept, self.method.cache = self.method.cache, None  # what is asked for is computed, and so is timed
-        try:
-            outputs = self.outputs_of(self._batches(items))
-        finally:
-            self.method.cache = kept
+        # What is asked for is computed, and so is timed.
+        outputs = self.outputs_of(self._batches(items), cached=False)
         paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
         return predictions(outputs, self.classes, [task.name for task in self.tasks], paths, top)
 
@@ -247,7 +236,24 @@ class ContinualLearner:
             DualLoRAError: there is none of that name, or it is all that the learner knows.
         """
         self._check_usable()
-        return forget(self, task=task, name=name)
+        return forget(self.method, self.tasks, self.classes, task=task, name=name)
+
+    @contextmanager
+    def lesson(self, config: MethodConfig, seed: int, augment: str) -> Iterator[None]:
+        """Inside, tasks are trained as asked for; afterwards all is set as before, which is what is saved.
+
+        Args:
+            config: differs from the learner's own in how a task is trained.
+            seed: of the random draws.
+            augment: of the training images.
+        """
+        before = self.config, self.seed, self.augment
+        self.config, self.seed, self.augment = config, seed, augment
+        try:
+            with self.method.lesson(config, seed):
+                yield
+        finally:
+            self.config, self.seed, self.augment = before
 
     def save(self, path: str | Path) -> None:
         """Saves to a folder as one new generation; an interruption leaves the old one whole.
@@ -287,6 +293,7 @@ class ContinualLearner:
         device: str | Machine = "auto",
         progress: Progress | None = None,
         backbone: Backbone | None = None,
+        features: FrozenFeatures | None = None,
     ) -> ContinualLearner:
         """Loads a saved learner; it predicts, and goes on learning, exactly as the one that was saved.
 
@@ -295,13 +302,14 @@ class ContinualLearner:
             device: where to compute, as for a new one.
             progress: where to report; the default is silent.
             backbone: the frozen backbone, if it cannot be loaded by its name.
+            features: as for a new one.
 
         Raises:
             DualLoRAError: if the folder holds no sound model, or the backbone is another than the model's.
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
-        return cls.restored(folder, manifest, tensors, device, progress, backbone)
+        return cls.restored(folder, manifest, tensors, device, progress, backbone, features)
 
     @classmethod
     def restored(
@@ -312,53 +320,36 @@ class ContinualLearner:
         device: str | Machine = "auto",
         progress: Progress | None = None,
         backbone: Backbone | None = None,
+        features: FrozenFeatures | None = None,
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
         with checkpoint.intact(folder):
-            return cls._restore(folder, manifest, tensors, device, progress, backbone)
-
-    @classmethod
-    def _restore(
-        cls,
-        folder: Path,
-        manifest: dict[str, Any],
-        tensors: dict[str, Tensor],
-        device: str | Machine,
-        progress: Progress | None,
-        backbone: Backbone | None,
-    ) -> ContinualLearner:
-        info = BackboneInfo.from_dict(manifest["backbone"])
-        if backbone is None:
-            copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
-            backbone = load_backbone(info, copies[0] if copies else None)
-        if backbone.info.sha256 != info.sha256:
-            raise DualLoRAError(
-                f"the model was learned on backbone {info.name!r} with sha256 {info.sha256[:12]}, but "
-                f"{backbone.info.name!r} here has {backbone.info.sha256[:12]}; use the weights that it was "
-                "learned on."
-            )
-        views = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        for view in views:
-            if getattr(backbone.info, view) != getattr(info, view):
+            info = BackboneInfo.from_dict(manifest["backbone"])
+            if backbone is None:
+                copies = [folder / name for name in manifest["files"] if name.startswith("backbone-")]
+                backbone = load_backbone(info, copies[0] if copies else None)
+            info.refuse_other(backbone.info)
+            entry = METHODS.get(manifest["method"])
+            if entry is None:
                 raise DualLoRAError(
-                    f"the model was learned on images with {view} {getattr(info, view)}, but backbone "
-                    f"{info.name!r} here takes {getattr(backbone.info, view)}; load it as it was."
+                    f"the model uses method {manifest['method']!r}, unknown here; "
+                    f"the methods are {', '.join(METHODS)}."
                 )
-        entry = METHODS.get(manifest["method"])
-        if entry is None:
-            raise DualLoRAError(
-                f"the model uses method {manifest['method']!r}, unknown here; "
-                f"the methods are {', '.join(METHODS)}."
+            config = entry.config(**manifest["config"])
+            learner = cls(
+                backbone,
+                config,
+                manifest["seed"],
+                device=device,
+                augment=manifest["augment"],
+                progress=progress,
+                features=features,
             )
-        config = entry.config(**manifest["config"])
-        learner = cls(
-            backbone, config, manifest["seed"], device=device, augment=manifest["augment"], progress=progress
-        )
-        learner.method.load_state(tensors)
-        for record in manifest["tasks"]:
-            learner._add(TaskRecord.from_dict(record))
-        learner._origin = (folder.resolve(), manifest["weights"])
-        return learner
+            learner.method.load_state(tensors)
+            for record in manifest["tasks"]:
+                learner._add(TaskRecord.from_dict(record))
+            learner._origin = (folder.resolve(), manifest["weights"])
+            return learner
 
     def _add(self, record: TaskRecord) -> None:
         self.tasks.append(record)
@@ -376,19 +367,3 @@ class ContinualLearner:
                 f"learning {self._unfinished!r} did not finish, so this learner is between two states; "
                 "load the saved model again."
             )
-
-
-def _present_classes(dataset: Dataset[Any]) -> tuple[TaskDataset, tuple[str, ...]]:
-    """The data set as a view, and the names its targets refer to.
-
-    Raises:
-        DualLoRAError: if it is empty, or a class has no image.
-    """
-    data = as_task_dataset(dataset)
-    if not len(data):
-        raise DualLoRAError("the data set has no images; give at least one image of one class.")
-    seen = set(data.targets)
-    empty = [name for i, name in enumerate(data.classes) if i not in seen]
-    if empty:
-        raise DualLoRAError(f"class {empty[0]!r} has no images; add some or leave the class out.")
-    return data, tuple(data.classes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -61,6 +63,12 @@ class TaskRecord:
         return cls(**(record | {"classes": tuple(record["classes"])}))
 
 
+def free_name(base: str, taken: Collection[str]) -> str:
+    """A name for a task: ``base``, with a number from 2 on where a task of that name is there."""
+    numbered = (f"{base} {number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([base], numbered) if name not in taken)
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Raw outputs on the CPU: n images, R rows (a row is a class of a task), T tasks.
@@ -116,7 +124,7 @@ class Evaluation:
     Attributes:
         accuracy: share of images whose class is right.
         tasks: the same per task.
-        task_confusion: T x T counts, row = task of the true class, column = task of the predicted row.
+        task_confusion: T x T counts, row = task of the true class, column = task that ``predict`` names.
         calibration_error: expected calibration error of the top class probability, 15 equal-width bins.
         images: number of images.
     """
@@ -136,7 +144,8 @@ class Prediction:
         path: file of the image, or None if it did not come from a file.
         label: most probable class name.
         probability: its probability, summed over the tasks that taught it.
-        task: most probable task: arg-max of p(t|f), or of the heads' sums where plain heads answer.
+        task: most probable task: arg-max of p(t|f), or of the heads' sums where plain heads answer;
+            it need not be that of the most probable row.
         task_confidence: its probability.
         unknown: 1 - familiarity: how little the image fits anything learned.
         top: class names and probabilities, best first.

@@ -229,7 +229,7 @@ def test_state_restores_the_module(rank: int) -> None:
     module, _ = taught(["q", "v"], [(rank, 3), (rank, 0), (rank, 4)], open_last=False)
     other = AdaptedQKV(plain_qkv(), ["q", "v"])
     for name, adapter in module.groups.items():
-        other.groups[name].load_state({key: x.clone() for key, x in adapter.state().items()})
+        other.groups[name].load_state_dict({key: x.clone() for key, x in adapter.state_dict().items()})
     other.refresh()
     weights, x = random_weights(3, 3), tokens()
     module.gate = other.gate = lambda _: weights
@@ -241,7 +241,7 @@ def test_state_restores_the_module(rank: int) -> None:
 def test_more_than_nine_residuals_are_restored_by_number() -> None:
     module, _ = taught(["v"], [(1, 1)] * 12, selected=12, open_last=False)
     other = AdaptedQKV(plain_qkv(), ["v"], selected=12)
-    other.groups["v"].load_state(module.groups["v"].state())
+    other.groups["v"].load_state_dict(module.groups["v"].state_dict())
     other.refresh()
     assert [part.task for part in other.groups["v"].residuals] == list(range(12))
     weights, x = random_weights(3, 12), tokens()

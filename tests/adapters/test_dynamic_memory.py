@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from duallora.adapters.dynamic_memory import ENERGY_KAPPAS, DynamicMemory, EnergyMemory, GatePoint, part
+from duallora.adapters.dynamic_memory import ENERGY_KAPPAS, DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import TokenReader
 from duallora.adapters.subspace import Subspace
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 
 DIM, TASKS, CPU = 6, 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)
@@ -34,7 +34,7 @@ def gaussian_point(tasks: int = TASKS, top_tasks: int = 4, dim: int = DIM) -> Ga
     point = GatePoint(dim, CPU, top_tasks, None)
     for task in range(tasks):
         features, labels = task_images(task, dim=dim)
-        point.observe(task, features, labels, 2, None)
+        point.learn(task, features, labels, 2, None)
     return point
 
 
@@ -116,7 +116,7 @@ def test_a_second_look_replaces_the_first() -> None:
     point, plain = gaussian_point(3), gaussian_point(2)
     features, labels = task_images(9)
     for target in (point, plain):
-        target.observe(2, features, labels, 2, None)
+        target.learn(2, features, labels, 2, None)
     assert torch.equal(point.weights(probes()), plain.weights(probes()))
     assert torch.equal(point.f0, features)
 
@@ -130,12 +130,12 @@ def energy_point(sizes: list[int], top_tasks: int = 4) -> tuple[GatePoint, list[
         torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     )[0]
     subspace = Subspace(DIM)
-    subspace.phi, subspace.sizes = vectors[:, : sum(sizes)], list(sizes)
+    subspace.phi, subspace.sizes = vectors[:, : sum(sizes)], torch.tensor(list(sizes), dtype=torch.long)
     point = GatePoint(DIM, CPU, top_tasks, EnergyMemory(subspace, CPU))
     blocks = [subspace.block(task) for task in range(len(sizes))]
     for task, block in enumerate(blocks):
         features, labels = energy_images(task)
-        point.observe(task, features, labels, 2, block)
+        point.learn(task, features, labels, 2, block)
     return point, blocks
 
 
@@ -180,11 +180,11 @@ def test_energies_are_read_of_the_first_columns_alone() -> None:
     near(energy.energies(wide), energy.energies(probes()))
     near(energy.log_posterior(wide), energy.log_posterior(probes()), atol=1e-3)
     features, _ = energy_images(2)
-    mean, losses = energy.means[2], energy.losses[2].clone()
+    mean, losses = float(energy.means[2]), energy.losses[2].clone()
     wide = torch.cat([features, features.flip(1)], 1)
     energy.replace(2, blocks[2], wide)
-    energy.fit(2, wide)
-    assert energy.means[2] == pytest.approx(mean, rel=1e-5)
+    energy.fit_temperature(2, wide)
+    assert float(energy.means[2]) == pytest.approx(mean, rel=1e-5)
     near(energy.losses[2], losses, rtol=1e-3, atol=1e-3)
 
 
@@ -230,7 +230,7 @@ def test_a_basis_that_turns_out_empty_takes_its_loss_along() -> None:
     point, blocks = energy_point([3, 2])
     plain, _ = energy_point([3, 0])
     features, labels = energy_images(1)
-    point.observe(1, features, labels, 2, blocks[1][:, :0])
+    point.learn(1, features, labels, 2, blocks[1][:, :0])
     assert point.energy.losses.keys() == plain.energy.losses.keys()
     assert point.energy.kappa == plain.energy.kappa
 
@@ -242,7 +242,7 @@ def test_state_restores_the_weights(sizes: list[int] | None) -> None:
     else:
         point, _ = energy_point(sizes)
         other = GatePoint(DIM, CPU, 4, EnergyMemory(point.energy.subspace, CPU))
-    other.load_state({name: x.clone() for name, x in point.state().items()})
+    other.load_state_dict({name: x.clone() for name, x in point.state_dict().items()})
     assert torch.equal(other.weights(probes()), point.weights(probes()))
     if sizes is not None:
         assert torch.equal(other.energy.log_posterior(probes()), point.energy.log_posterior(probes()))
@@ -269,25 +269,39 @@ def gate(mode: str, layers: list[int], tasks: int = 3) -> DynamicMemory:
 
 def test_one_gate_serves_all_layers_above() -> None:
     memory = gate("first", [2])
-    first = memory.gate(2, tokens(0))
-    near(first, memory.points[2].weights(described(tokens(0))))
-    assert torch.equal(memory.gate(3, tokens(1)), first), "later layers use what the first one found"
-    near(memory.features[2], described(tokens(0)))
-    assert 3 not in memory.features
-    assert torch.equal(memory.mean_weights(), first)
+    with memory.reading() as seen:
+        first = memory.gate(2, tokens(0))
+        near(first, memory.points[2].weights(described(tokens(0))))
+        assert torch.equal(memory.gate(3, tokens(1)), first), "later layers use what the first one found"
+    near(seen.features[2], described(tokens(0)))
+    assert 3 not in seen.features
+    assert torch.equal(seen.mean_weights, first)
 
 
 def test_each_layer_may_have_its_own_gate() -> None:
     memory = gate("layer", [2, 3])
-    first, second = memory.gate(2, tokens(0)), memory.gate(3, tokens(1))
+    with memory.reading() as seen:
+        first, second = memory.gate(2, tokens(0)), memory.gate(3, tokens(1))
     near(second, memory.points[3].weights(described(tokens(1))))
     assert not torch.equal(first, second)
-    near(memory.mean_weights(), (first + second) / 2)
+    near(seen.mean_weights, (first + second) / 2)
 
 
 def test_without_a_gate_all_tasks_act() -> None:
     memory = gate("off", [])
-    assert torch.equal(memory.gate(2, tokens()), torch.ones(4, 3))
+    with memory.reading():
+        assert torch.equal(memory.gate(2, tokens()), torch.ones(4, 3))
+
+
+def test_a_pass_leaves_nothing_behind() -> None:
+    memory = gate("first", [2])
+    with pytest.raises(KeyboardInterrupt), memory.reading():
+        memory.gate(2, tokens())
+        raise KeyboardInterrupt
+    assert memory.current.get() is None
+    assert memory.gate(2, tokens()) is None, "outside a pass no residual adapter acts"
+    with memory.reading() as seen:
+        assert not seen.features and seen.mean_weights is None
 
 
 def test_the_mean_patch_token_tells_tasks_apart_where_the_class_token_does_not() -> None:
@@ -296,43 +310,42 @@ def test_the_mean_patch_token_tells_tasks_apart_where_the_class_token_does_not()
     drawn = [tokens(task, 16) for task in range(2)]
     for task, x in enumerate(drawn):
         x[:, 1:] += 1.5 * (2 * task - 1)
-        memory.gate(1, x)
-        memory.points[1].observe(task, memory.features[1], torch.arange(16) % 2, 2, None)
+        with memory.reading() as seen:
+            memory.gate(1, x)
+        memory.points[1].learn(task, seen.features[1], torch.arange(16) % 2, 2, None)
     memory.tasks = 2
     for task in range(2):
         x = tokens(10 + task, 16)
         x[:, 1:] += 1.5 * (2 * task - 1)
-        assert float(memory.gate(1, x)[:, task].mean()) > 0.9
+        with memory.reading():
+            assert float(memory.gate(1, x)[:, task].mean()) > 0.9
 
 
 def test_before_the_first_task_there_are_no_weights_but_features() -> None:
     memory = DynamicMemory("first", {1: GatePoint(2 * DIM, CPU, 4, None)}, TokenReader(True, 1))
-    assert memory.gate(1, tokens()) is None and memory.mean_weights() is None
-    near(memory.features[1], described(tokens()))
+    with memory.reading() as seen:
+        assert memory.gate(1, tokens()) is None and seen.mean_weights is None
+    near(seen.features[1], described(tokens()))
 
 
 def test_inside_the_context_images_are_left_out_by_their_index_in_the_task() -> None:
     memory = gate("first", [2])
     point = memory.points[2]
     f0, labels = task_images(2, dim=2 * DIM)
-    point.observe(2, f0, labels, 2, None)
+    point.learn(2, f0, labels, 2, None)
     picked = torch.tensor([7, 0, 4])
     x = tokens(5, 3)
-    with memory.own_images(labels[picked], picked):
+    with memory.reading((labels[picked], picked)):
         found = memory.gate(2, x)
     near(found, point.weights(described(x), point.rows.own(2, labels[picked], f0[picked])))
-    assert not torch.equal(found, memory.gate(2, x)), "outside the context nothing is left out"
-
-
-def test_part_takes_what_lies_below_a_prefix() -> None:
-    tensors = {"rows.mean": torch.ones(1), "rows2.mean": torch.zeros(1), "rows.fit.1": torch.ones(2)}
-    assert set(part(tensors, "rows")) == {"mean", "fit.1"}
+    with memory.reading():
+        assert not torch.equal(found, memory.gate(2, x)), "of other images nothing is left out"
 
 
 def test_gate_rows_are_ordinary_rows() -> None:
-    point, memory = gaussian_point(2), RowMemory(DIM, CPU)
+    point, memory = gaussian_point(2), ClassStatistics(DIM, CPU)
     for task in range(2):
         features, labels = task_images(task)
         memory.replace(task, ClassMoments.of(features, labels, 2))
-        memory.fit(task, features, labels)
+        memory.fit_temperature(task, features, labels)
     assert point.rows.kappa == memory.kappa and point.rows.distances == memory.distances

@@ -8,9 +8,9 @@ from tiny import tiny_backbone, tiny_images
 from torch import Tensor, nn
 
 from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.inject import wrap_attention
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import Subspace
+from duallora.adapters.wrapped_qkv import wrap_attention
 from duallora.backbones.backbone import Backbone
 
 DIM, HEADS, PATCHES = 32, 2, 16
@@ -257,7 +257,7 @@ def test_an_update_outside_the_pooled_inputs_leaves_the_class_tokens_attention_a
     backbone, moments = gathered("vit", "class_token", images)
     subspace = Subspace(DIM)
     subspace.grow(moments[1, "v"].value, 1.0)
-    assert subspace.sizes == [6 * HEADS]
+    assert subspace.sizes.tolist() == [6 * HEADS]
     outputs: list[Tensor] = []
     handle = backbone.attention(1).proj.register_forward_pre_hook(
         lambda _, args: outputs.append(args[0].clone())

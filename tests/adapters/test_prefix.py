@@ -10,8 +10,8 @@ from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 from torch import Tensor
 from written_vit import written_feature, written_features
 
-from duallora.adapters.inject import unwrap_attention
-from duallora.adapters.prefix import ExtraTokens, halves, prefixed, put_prefixes, uniform
+from duallora.adapters.prefix import ExtraTokens, halves, put_prefixes, uniform
+from duallora.adapters.wrapped_qkv import unwrap_attention
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -37,13 +37,13 @@ def prefixes(*layers: int, batch: int = 3) -> dict[int, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_prefix_is_more_keys_and_values(family: str, changes: dict[str, Any], fused: bool) -> None:
     backbone, images = tiny_backbone(family, **changes), tiny_images()
-    wrappers = put_prefixes(backbone, [0, 1])
+    places = put_prefixes(backbone, [0, 1])
     for layer in (0, 1):
         backbone.attention(layer).fused_attn = fused
     plain = written_features(tiny_backbone(family, **changes), images)
     for layers in ((0,), (1,), (0, 1)):
         given = prefixes(*layers)
-        with prefixed(wrappers, given):
+        with places.holding(given):
             found = backbone(images)
         expected = written_features(tiny_backbone(family, **changes), images, given)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
@@ -70,9 +70,9 @@ def test_extra_tokens_are_more_tokens(family: str, changes: dict[str, Any]) -> N
 def test_without_them_the_backbone_is_the_plain_one(family: str, changes: dict[str, Any]) -> None:
     backbone, images = tiny_backbone(family, **changes), tiny_images()
     expected = tiny_backbone(family, **changes)(images)
-    wrappers, extra = put_prefixes(backbone, [0, 1]), ExtraTokens(backbone)
+    places, extra = put_prefixes(backbone, [0, 1]), ExtraTokens(backbone)
     assert torch.equal(backbone(images), expected)
-    with prefixed(wrappers, prefixes(0, 1)):
+    with places.holding(prefixes(0, 1)):
         assert not torch.allclose(backbone(images), expected, atol=1e-3)
     assert torch.equal(backbone(images), expected)
     extra.feature(images, drawn(3, 5, WIDTH))
@@ -84,12 +84,12 @@ def test_without_them_the_backbone_is_the_plain_one(family: str, changes: dict[s
 def test_an_interrupted_pass_leaves_nothing_behind() -> None:
     backbone, images = tiny_backbone(), tiny_images()
     expected = backbone(images)
-    wrappers, extra = put_prefixes(backbone, [0, 1]), ExtraTokens(backbone)
+    places, extra = put_prefixes(backbone, [0, 1]), ExtraTokens(backbone)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), prefixed(wrappers, prefixes(0, 1)):
+    with pytest.raises(KeyboardInterrupt), places.holding(prefixes(0, 1)):
         interrupt()
     # The last block has cut its tokens off by then.
     handle = backbone.model.norm.register_forward_hook(interrupt)
@@ -97,17 +97,17 @@ def test_an_interrupted_pass_leaves_nothing_behind() -> None:
         extra.feature(images, drawn(3, 5, WIDTH))
     handle.remove()
     assert torch.equal(backbone(images), expected)
-    assert extra._given is None and not extra._outputs
+    assert extra._current.get() is None and places.get() is None
 
 
 def test_gradients_of_prefixes_and_tokens_are_those_of_the_formula() -> None:
     images, prompt, tokens = tiny_images(), drawn(3, 6, WIDTH), drawn(3, 5, WIDTH)
     first, second = drawn(2, 3, WIDTH, seed=1)  # the squares of normalised features have no gradient
     backbone, other = tiny_backbone(), tiny_backbone()
-    wrappers, extra = put_prefixes(backbone, [0]), ExtraTokens(other)
+    places, extra = put_prefixes(backbone, [0]), ExtraTokens(other)
 
     def by_hooks(p: Tensor, t: Tensor) -> Tensor:
-        with prefixed(wrappers, {0: halves(p)}):
+        with places.holding({0: halves(p)}):
             a, b = backbone(images)[:, :WIDTH], extra.feature(images, t)[:, :WIDTH]
             return (first * a).sum() + (second * b).sum()
 

@@ -124,7 +124,7 @@ def test_a_task_inside_the_subspace_adds_nothing() -> None:
     subspace = Subspace(DIM)
     subspace.grow(spectrum_moment(0, rank=6), 1.0)
     subspace.grow(spectrum_moment(0, rank=6), 1.0)
-    assert subspace.sizes == [6, 0]
+    assert subspace.sizes.tolist() == [6, 0]
     assert subspace.block(1).shape == (DIM, 0)
     assert subspace.free == DIM - 6
 
@@ -134,10 +134,10 @@ def test_directions_count_by_the_largest_eigenvalue_of_the_whole_moment() -> Non
     values = torch.tensor([1.0, 0.5, 1e-3, 5e-7, 4e-7, 1e-8], dtype=torch.float64)
     subspace, moment = Subspace(6), values.diag()
     assert subspace.design(moment).shape[1] == 3
-    subspace.phi, subspace.sizes = torch.eye(6, dtype=torch.float64)[:, :3], [3]
+    subspace.phi, subspace.sizes = torch.eye(6, dtype=torch.float64)[:, :3], torch.tensor([3])
     assert subspace.design(moment).shape == (6, 0)
     assert subspace.new_block(moment, 1.0).shape == (6, 0)
-    subspace.phi, subspace.sizes = torch.eye(6, dtype=torch.float64)[:, :2], [2]
+    subspace.phi, subspace.sizes = torch.eye(6, dtype=torch.float64)[:, :2], torch.tensor([2])
     assert torch.equal(subspace.design(moment).abs(), torch.eye(6, dtype=torch.float64)[:, 2:3])
 
 
@@ -147,7 +147,7 @@ def test_rank_deficient_moments_give_as_many_directions_as_their_rank() -> None:
     subspace = Subspace(DIM)
     assert subspace.design(moment).shape[1] == 5
     subspace.grow(moment, 1.0)
-    assert subspace.sizes == [5]
+    assert subspace.sizes.tolist() == [5]
     assert float((rows - rows @ subspace.phi @ subspace.phi.T).abs().max()) < 1e-10
 
 
@@ -158,7 +158,7 @@ def test_an_exhausted_complement_has_no_direction() -> None:
     assert subspace.design(spectrum_moment(1)).shape == (DIM, 0)
     assert subspace.protected(spectrum_moment(1)).shape == (DIM, DIM)
     subspace.grow(spectrum_moment(1), 1.0)
-    assert subspace.sizes == [DIM, 0]
+    assert subspace.sizes.tolist() == [DIM, 0]
 
 
 def test_directions_come_by_falling_energy_and_match_numpy() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,115 +17,21 @@ import pytest
 pytest.importorskip("gradio", reason="the extra app is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 
+from app_page import CONTRAST, FOCUSED, LONG, Page
 from app_tools import ARGUMENTS, CHROMIUM, NO_CHROMIUM, files_below, running_app
 from command_line import images
 from playwright import sync_api
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+from duallora.cli import main
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 HOSTILE = '<img src=x onerror="document.title=1">${1+1}'
-LONG = 180_000  # ms
 sync_api.expect.set_options(timeout=LONG)
 
 # Name of what has the focus, and whether it looks other than without.
-FOCUSED = """() => {
-  const it = document.activeElement;
-  if (it === document.body) return ["", true];
-  const label = it.labels?.[0]?.innerText || it.getAttribute("aria-label") || it.innerText || it.tagName;
-  const look = () => {
-    const { outlineStyle, outlineColor, outlineWidth, boxShadow, borderColor } = getComputedStyle(it);
-    return [outlineStyle, outlineColor, outlineWidth, boxShadow, borderColor].join();
-  };
-  const focused = look();
-  it.blur();
-  const plain = look();
-  it.focus();
-  return [label, plain !== focused];
-}"""
 
 # Texts that stand out from what is behind them by less than 4.5 to 1 (WCAG AA); disabled ones may.
-CONTRAST = """() => {
-  const rgba = (text) => {
-    const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
-    return text.startsWith("color(srgb") ? [255 * r, 255 * g, 255 * b, a] : [r, g, b, a];
-  };
-  const over = (top, under) => top.slice(0, 3).map((v, i) => v * top[3] + under[i] * (1 - top[3]));
-  const behind = (element) => {
-    if (!element) return [255, 255, 255];
-    return over(rgba(getComputedStyle(element).backgroundColor), behind(element.parentElement));
-  };
-  const light = (colour) => {
-    const [r, g, b] = colour.map((v) => v / 255)
-      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), weak = [];
-  while (walker.nextNode()) {
-    const place = walker.currentNode.parentElement, words = walker.currentNode.textContent.trim();
-    if (!words || !place.offsetParent || place.closest("script, style, :disabled, .unseen")) continue;
-    const look = getComputedStyle(place), ground = behind(place);
-    if (look.visibility === "hidden" || Number(look.opacity) === 0) continue;
-    const [a, b] = [light(over(rgba(look.color), ground)), light(ground)].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) weak.push(`${words} ${((a + 0.05) / (b + 0.05)).toFixed(2)}`);
-  }
-  return weak;
-}"""
-
-
-class Page:
-    """The page as a person uses it, and what it asked the network for."""
-
-    def __init__(self, page: sync_api.Page, address: str) -> None:
-        self.page, self.address = page, address
-        self.asked: list[str] = []
-        self.wrong: list[str] = []
-        page.set_default_timeout(LONG)
-        page.on("request", lambda request: self.asked.append(request.url))
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-
-    def open(self, query: str = "") -> None:
-        self.page.goto(self.address + query)
-        self.page.get_by_role("heading", name="Teach new classes").wait_for()
-        self.page.locator("#status p").first.wait_for()  # what is drawn when the page has been loaded
-        self.page.locator("#class-files button[aria-label^=Files]").wait_for()  # by the page's own script
-
-    def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name).click()
-        sync_api.expect(self.page.locator(f"#{name.lower()}-tab")).to_be_visible()
-
-    def becomes(self, look: Callable[[], object], wanted: object, what: str) -> None:
-        """What is looked at takes a moment to change, and on a busy machine a longer one."""
-        deadline = time.monotonic() + LONG / 1000
-        while (found := look()) != wanted and time.monotonic() < deadline:
-            self.page.wait_for_timeout(100)
-        assert found == wanted, what
-
-    def says(self, where: str, *parts: str) -> None:
-        for part in parts:
-            sync_api.expect(self.page.locator(where)).to_contain_text(part)
-
-    def add(self, name: str, files: list[Path]) -> None:
-        self.page.get_by_label("Class name").fill(name)
-        self.choose("#class-files", files)
-        self.page.get_by_role("button", name="Add class").click()
-
-    def choose(self, where: str, files: list[Path]) -> None:
-        self.page.locator(f"{where} input[type=file]").set_input_files([str(file) for file in files])
-        sync_api.expect(self.page.locator(f"{where} .file-preview tr, {where} img")).not_to_have_count(0)
-
-    def learn(self, *parts: str) -> None:
-        button = self.page.get_by_role("button", name="Learn", exact=True)
-        sync_api.expect(button).to_be_enabled()
-        button.click()
-        self.says("#learned", "is learned", *parts)
-
-    def try_one(self, file: Path, *parts: str) -> None:
-        clear = self.page.locator("#picture button[aria-label=Clear]")
-        if clear.count():
-            clear.click()
-            self.says("#answer", "Drop, choose")
-        self.page.locator("#picture input[type=file]").set_input_files(str(file))
-        self.says("#answer", *parts)
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +61,51 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, copies: Path) -> Iterator[str]:
-    model = tmp_path_factory.mktemp("app") / "trees"
+def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """A model that has learned ash and beech in one lesson."""
+    folder, model = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("taught") / "trees"
+    for name in ("ash", "beech"):
+        shutil.copytree(
+            pictures / name, folder / name, ignore=shutil.ignore_patterns("broken.png", "same.png")
+        )
+    words = ["learn", str(model), str(folder), "--name", "ash, beech", "--epochs", "1", "--device", "cpu"]
+    assert main(words) == 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the page shows."""
+    return tmp_path_factory.mktemp("app") / "trees"
+
+
+@pytest.fixture(scope="module")
+def address(model: Path, copies: Path) -> Iterator[str]:
     environment = {"TMPDIR": str(copies), "OMP_NUM_THREADS": "1"}
     with running_app(model, "--epochs", "1", environment=environment) as (address, _):
         yield address
 
 
 @pytest.fixture
-def page(browser: sync_api.Browser, address: str) -> Iterator[Page]:
+def page(browser: sync_api.Browser, address: str, model: Path, taught: Path) -> Iterator[Page]:
+    """The page of a model that knows ash and beech, whatever other tests have done."""
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(taught, model)
+    with opened(browser, address) as page:
+        yield page
+
+
+@pytest.fixture
+def first_page(browser: sync_api.Browser, address: str, model: Path, copies: Path) -> Iterator[Page]:
+    """The page before anything was taught, and without copies of what was sent to others."""
+    shutil.rmtree(model, ignore_errors=True)
+    with opened(browser, address) as page:
+        page.becomes(lambda: files_below(copies), [], "copies of closed pages")
+        yield page
+
+
+@contextmanager
+def opened(browser: sync_api.Browser, address: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1100, "height": 900})
     page = Page(context.new_page(), address)
     page.open()
@@ -171,7 +115,8 @@ def page(browser: sync_api.Browser, address: str) -> Iterator[Page]:
     assert elsewhere == [] and page.wrong == []
 
 
-def test_the_whole_path(page: Page, pictures: Path, copies: Path) -> None:
+def test_the_whole_path(first_page: Page, pictures: Path, copies: Path) -> None:
+    page = first_page
     page.says("#status", "knows nothing yet")
     sync_api.expect(page.page.get_by_role("button", name="Undo")).to_be_hidden()
     page.tab("Try")

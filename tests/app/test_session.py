@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,34 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_tools import running_app
-from command_line import Call, assert_refused, caller, images, on_disk, use_tiny_backbone
+from command_line import Call, images, on_disk
 
 from duallora import ContinualLearner, DualLoRAError
-from duallora.app import html
 from duallora.app.intake import Check, Draft
 from duallora.app.lesson_thread import Taught, Teaching, Watched
 from duallora.app.session import Session
-from duallora.app.undo_question import free_name
+from duallora.app.undo_question import lesson_name
 from duallora.app.uploads import Uploads, files_of
 from duallora.storage import checkpoint
 from duallora.teaching.method_choice import MethodChoice
-from duallora.teaching.model_request import Wishes
+from duallora.teaching.model_request import ModelRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
-HOSTILE = "<img src=x onerror=alert(1)>&\"'"
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
 
 
 def new_session(folder: Path, place: Path, **fields: Any) -> Session:
     place.mkdir(exist_ok=True)
     method = MethodChoice("duallora", {"epochs": 1, "energy_threshold": 0.7, **fields})
-    return Session(folder, Wishes(method, device="cpu"), Uploads(place))
+    return Session(folder, ModelRequest(method, device="cpu"), Uploads(place))
 
 
 @pytest.fixture
@@ -361,101 +347,6 @@ def test_a_folder_with_other_files_is_refused(session: Session) -> None:
 
 
 def test_names_of_lessons() -> None:
-    assert free_name(["cat", "dog"], set()) == "cat, dog"
-    assert free_name(["cat", "dog"], {"cat, dog", "cat, dog 2"}) == "cat, dog 3"
-    assert free_name([f"class {i}" for i in range(40)], set()) == "class 0 and 39 more"
-
-
-# -- HTML ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "fragment",
-    [
-        html.error(HOSTILE),
-        html.done(HOSTILE),
-        html.heading(2, HOSTILE),
-        html.listing(HOSTILE, [HOSTILE]),
-        html.table(HOSTILE, [HOSTILE, "b"], [[HOSTILE, HOSTILE]]),
-        html.bars(HOSTILE, (HOSTILE, HOSTILE), [(HOSTILE, 0.5, HOSTILE)]),
-        html.matrix(HOSTILE, [HOSTILE], [[0.5]]),
-        html.progress(HOSTILE, 1, 2),
-        html.pictures([("data:,", HOSTILE)]),
-    ],
-)
-def test_names_are_escaped(fragment: str) -> None:
-    assert "<img src=x" not in fragment and "&lt;img" in fragment
-    assert fragment.replace('alt=""', "").count('""') == 0
-
-
-def test_a_file_name_that_is_no_unicode_is_shown() -> None:
-    assert html.text(os.fsdecode(b"caf\xe9.png")) == "caf\\udce9.png"
-
-
-def test_bars_say_their_values_and_matrices_their_places() -> None:
-    assert "width:100.0%" in html.bars("a", ("b", "c"), [("x", 1.5, "150 %")])
-    shown = html.matrix("accuracy", ["one", "two"], [[1.0, None], [0.5, 0.25]])
-    assert shown.count('scope="row"') == 2 and "100.0" in shown and "25.0" in shown
-
-
-# -- the command ---------------------------------------------------------------------------------------------
-
-
-def test_the_command_refuses_what_it_cannot_do(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert_refused(call("app", tmp_path / "m", "--port", 70000), "--port", "65535")
-    assert_refused(call("app", tmp_path / "m", "--host", "0.0.0.0"), "--host")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        number = taken.getsockname()[1]
-        assert_refused(call("app", tmp_path / "m", "--port", number), f"port {number}", "another --port")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter.txt").write_text("hello")
-    assert_refused(call("app", tmp_path / "full", "--port", 0), "holds other files")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert_refused(call("app", tmp_path / "m"), "gradio is missing", "duallora[app]")
-    assert not (tmp_path / "m").exists()
-
-
-def test_gradio_is_imported_by_the_command_alone() -> None:
-    code = "import sys, duallora, duallora.commands.app, duallora.app.session; print('gradio' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    pytest.importorskip("gradio", reason="the extra app is not installed")
-    import httpx
-
-    (tmp_path / "tmp").mkdir()
-    environment = {"TMPDIR": str(tmp_path / "tmp")}
-    with running_app(tmp_path / "model", environment=environment) as (address, process):
-        client = httpx.Client(timeout=300)
-        page = client.get(address)
-        assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
-        assert client.get(address, headers={"Host": "evil.example"}).status_code == 421
-        for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
-            answer = client.post(f"{address}/gradio_api/upload", headers={"Origin": origin})
-            assert answer.status_code == 403
-        sent = client.post(
-            f"{address}/gradio_api/upload", files={"files": ("a.png", b"x")}, headers={"Origin": address}
-        )
-        assert sent.status_code == 200 and Path(sent.json()[0]).is_relative_to(tmp_path / "tmp")
-        assert client.get(f"{address}/gradio_api/info").status_code in (200, 404)
-        process.send_signal(number)
-        assert process.wait(300) == 0
-        assert process.stderr is not None and process.stderr.read() == ""
-    assert list((tmp_path / "tmp").glob("duallora-app-*")) == []
-    assert not (tmp_path / "model").exists()
-
-
-def test_interrupting_the_command(tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="the extra app is not installed")
-    with running_app(tmp_path / "model") as (_, process):
-        process.send_signal(signal.SIGINT)
-        assert process.wait(300) == 130
-        assert process.stderr is not None
-        assert process.stderr.read() == "duallora: interrupted; every saved file is whole.\n"
+    assert lesson_name(["cat", "dog"], set()) == "cat, dog"
+    assert lesson_name(["cat", "dog"], {"cat, dog", "cat, dog 2"}) == "cat, dog 3"
+    assert lesson_name([f"class {i}" for i in range(40)], set()) == "class 0 and 39 more"

@@ -23,7 +23,7 @@ pytest.importorskip("gradio", reason="the extra app is not installed")
 
 import gradio as gr
 from app_tools import files_below
-from command_line import Call, caller, images, use_tiny_backbone
+from command_line import Call, images
 
 from duallora import DualLoRAError
 from duallora.app import twins
@@ -36,16 +36,10 @@ from duallora.app.uploads import OLD, Uploads, files_of, named_folder
 from duallora.app.view_teach import Teach
 from duallora.storage import checkpoint
 from duallora.teaching.method_choice import MethodChoice
-from duallora.teaching.model_request import Wishes
+from duallora.teaching.model_request import ModelRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 A, B = (SimpleNamespace(session_hash=name) for name in "ab")
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
 
 
 @pytest.fixture
@@ -57,7 +51,7 @@ def uploads(tmp_path: Path) -> Uploads:
 @pytest.fixture
 def shell(call: Call, tmp_path: Path, uploads: Uploads) -> Iterator[Shell]:
     method = MethodChoice("duallora", {"epochs": 1, "energy_threshold": 0.7})
-    session = Session(tmp_path / "model", Wishes(method, device="cpu"), uploads)
+    session = Session(tmp_path / "model", ModelRequest(method, device="cpu"), uploads)
     yield Shell(session)
     session.close()
 
@@ -236,8 +230,8 @@ def test_the_backbone_file_is_read_once_for_a_generation(
     gave(teach, uploads, "ash", 0)
     list(teach.on_learn("", A))
     calls = []
-    stored = Wishes.stored
-    monkeypatch.setattr(Wishes, "stored", lambda *given: calls.append(1) or stored(*given))
+    stored = ModelRequest.stored
+    monkeypatch.setattr(ModelRequest, "stored", lambda *given: calls.append(1) or stored(*given))
     teach.shell.refresh()
     assert calls == []
     gave(teach, uploads, "beech", 10)

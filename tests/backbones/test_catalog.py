@@ -20,8 +20,8 @@ from torch import nn
 
 from duallora import METHODS, ContinualLearner, DualLoRAError
 from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.inject import unwrap_attention, wrap_attention
 from duallora.adapters.moments import check_moments
+from duallora.adapters.wrapped_qkv import unwrap_attention, wrap_attention
 from duallora.backbones.backbone import Backbone, load_backbone
 from duallora.backbones.catalog import FAMILIES, NO_PROMPTS, Family
 from duallora.backbones.fused_qkv import calls_qkv
@@ -194,6 +194,7 @@ def learned(make: Callable[[], Backbone], folder: Path, name: str, **changes: An
     return outputs
 
 
+@pytest.mark.slow
 @families
 @pytest.mark.parametrize("residual", ["none", "own"])
 def test_two_tasks_are_learned_and_survive_a_folder(family: Family, residual: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.inject import unwrap_attention, wrap_attention
+from duallora.adapters.wrapped_qkv import unwrap_attention, wrap_attention
 from duallora.backbones.backbone import Backbone, load_backbone
 from duallora.errors import DualLoRAError
 

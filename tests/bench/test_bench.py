@@ -26,6 +26,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return caller(capsys)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_written(call: Call, tmp_path: Path) -> None:
     words = ["--methods", "lora,duallora,joint,ncm", "--tasks", "1,2", "--batch", "1,3", "--classes", 2]
     words += ["--images", 8, "--training-batch", 4, "--repeats", 1, "--device", "cpu"]

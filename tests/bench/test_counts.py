@@ -110,6 +110,7 @@ def training(config: Any, tasks: int, backbone: Backbone | None = None) -> Train
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", TASKS)
 def test_operations_and_passes_of_training(tasks: int) -> None:
     """The default costs what plain LoRA of its rank does, less the gradient of A; two passes, no third."""
@@ -155,6 +156,7 @@ def compiler() -> Any:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no direction is left")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_compiles_in_one_piece(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from duallora.classifiers.alignment import Gaussians, refit
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.classifiers.heads import Heads
 from duallora.methods.drift import Linear, WeaklyNonlinear, linear_map, weakly_nonlinear_map
 
@@ -53,7 +53,7 @@ def test_every_row_has_its_own_covariance() -> None:
     assert_close(model.mean[4], features[20] + 1)
     assert not model.covariance[4].any(), "one image says nothing of the spread"
     other = Gaussians(DIM)
-    other.load_state(model.state())
+    other.load_state_dict(model.state_dict())
     assert torch.equal(other.covariance, model.covariance) and torch.equal(other.mean, model.mean)
 
 
@@ -95,7 +95,7 @@ def test_moved_samples_have_the_moved_moments(each: bool) -> None:
 
 def test_rows_of_the_memory_move_with_given_means() -> None:
     features, labels = images()
-    memory = RowMemory(DIM, CPU)
+    memory = ClassStatistics(DIM, CPU)
     memory.replace(0, ClassMoments.of(features, labels, 3))
     drift, mean = torch.randn(DIM, DIM, generator=random(2)).double(), torch.randn(3, DIM).double()
     scatter, before = memory.moments.scatter.clone(), memory.moments.mean.clone()

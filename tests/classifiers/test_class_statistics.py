@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from duallora.classifiers.class_statistics import KAPPAS, ClassMoments, RowMemory, shrunk, sum_rows
+from duallora.classifiers.class_statistics import KAPPAS, ClassMoments, ClassStatistics
+from duallora.classifiers.covariance import shrunk
+from duallora.classifiers.log_probabilities import sum_rows
 
 DIM, CPU = 6, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-4, check_dtype=False)
@@ -112,11 +114,11 @@ class Naive:
         return result
 
 
-def learned(tasks: list[tuple[Tensor, Tensor]]) -> RowMemory:
-    memory = RowMemory(tasks[0][0].shape[1], CPU)
+def learned(tasks: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
+    memory = ClassStatistics(tasks[0][0].shape[1], CPU)
     for task, (features, labels) in enumerate(tasks):
         memory.replace(task, ClassMoments.of(features, labels, int(labels.max()) + 1))
-        memory.fit(task, features, labels)
+        memory.fit_temperature(task, features, labels)
     return memory
 
 
@@ -126,7 +128,7 @@ def tasks() -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture
-def memory(tasks: list[tuple[Tensor, Tensor]]) -> RowMemory:
+def memory(tasks: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
     return learned(tasks)
 
 
@@ -180,7 +182,7 @@ def test_a_class_missing_from_a_batch_keeps_its_moments() -> None:
 # -- scores --------------------------------------------------------------------------------------------------
 
 
-def test_posterior_equals_the_formula(memory: RowMemory, naive: Naive) -> None:
+def test_posterior_equals_the_formula(memory: ClassStatistics, naive: Naive) -> None:
     probes = torch.randn(20, DIM, generator=torch.Generator().manual_seed(9)) * 1.5
     expected = torch.stack([(memory.kappa * naive.scores(f)).log_softmax(0) for f in probes])
     near(memory.log_q(probes), expected)
@@ -190,7 +192,9 @@ def test_posterior_equals_the_formula(memory: RowMemory, naive: Naive) -> None:
     assert 0.3 < float(expected.exp().max(1).values.mean()) < 0.99, "the example must not be trivial"
 
 
-def test_scores_differ_from_the_formula_by_a_constant_per_image(memory: RowMemory, naive: Naive) -> None:
+def test_scores_differ_from_the_formula_by_a_constant_per_image(
+    memory: ClassStatistics, naive: Naive
+) -> None:
     probes = torch.randn(10, DIM, generator=torch.Generator().manual_seed(9))
     expected = torch.stack([naive.scores(f) for f in probes])
     near(memory.scores(probes) - memory.scores(probes)[:, :1], expected - expected[:, :1])
@@ -273,7 +277,7 @@ def test_classes_of_a_single_image_each_are_told_by_the_nearest() -> None:
 
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_leave_one_out_scores_equal_means_recomputed_without_the_image(
-    tasks: list[tuple[Tensor, Tensor]], memory: RowMemory, naive: Naive, task: int
+    tasks: list[tuple[Tensor, Tensor]], memory: ClassStatistics, naive: Naive, task: int
 ) -> None:
     features, labels = tasks[task]
     first = int((naive.row_task < task).sum())
@@ -289,7 +293,7 @@ def test_leave_one_out_scores_equal_means_recomputed_without_the_image(
 
 
 def test_a_view_is_scored_against_the_mean_without_its_image_as_the_latest_pass_saw_it(
-    tasks: list[tuple[Tensor, Tensor]], memory: RowMemory, naive: Naive
+    tasks: list[tuple[Tensor, Tensor]], memory: ClassStatistics, naive: Naive
 ) -> None:
     f0, labels = tasks[2]
     view = f0 + 0.3 * torch.randn(f0.shape, generator=torch.Generator().manual_seed(3))
@@ -330,11 +334,11 @@ def test_the_grid_of_temperatures_is_geometric_from_a_twentieth_to_one() -> None
 
 def test_temperature_losses_equal_the_formula_and_add_up_over_tasks() -> None:
     tasks = [task_images(4, 3, 0, 3.0), task_images(2, 6, 1, 2.0), task_images(4, 3, 2, 3.0)]
-    memory, total, chosen = RowMemory(DIM, CPU), torch.zeros(20, dtype=torch.float64), []
+    memory, total, chosen = ClassStatistics(DIM, CPU), torch.zeros(20, dtype=torch.float64), []
     for task, (features, labels) in enumerate(tasks):
         memory.replace(task, ClassMoments.of(features, labels, int(labels.max()) + 1))
         earlier = {t: losses.clone() for t, losses in memory.losses.items()}
-        memory.fit(task, features, labels)
+        memory.fit_temperature(task, features, labels)
         expected = torch.tensor(Naive(tasks[: task + 1]).losses(task), dtype=torch.float64)
         near(memory.losses[task], expected, rtol=1e-3, atol=1e-3)
         assert all(torch.equal(memory.losses[t], losses) for t, losses in earlier.items()), "never recomputed"
@@ -349,7 +353,9 @@ def test_equal_losses_take_the_largest_temperature() -> None:
     assert not bool(memory.losses[0].any()), "one row explains everything at any temperature"
     assert memory.kappa == pytest.approx(1.0)
     equal = torch.tensor([3.0, 1.0, 2.0, 1.0, *[5.0] * 16], dtype=torch.float64)
-    memory.load_state(memory.state() | {"fit.0": torch.cat([equal, torch.ones(2, dtype=torch.float64)])})
+    memory.load_state_dict(
+        memory.state_dict() | {"fit.0": torch.cat([equal, torch.ones(2, dtype=torch.float64)])}
+    )
     assert memory.kappa == pytest.approx(float(KAPPAS[3]))
 
 
@@ -357,19 +363,19 @@ def test_rows_of_a_second_pass_replace_those_of_the_first(tasks: list[tuple[Tens
     memory, plain = learned(tasks[:2]), learned(tasks[:2])
     features, labels = tasks[2]
     memory.replace(2, ClassMoments.of(features + 3, labels, 4))
-    memory.fit(2, features + 3, labels)
+    memory.fit_temperature(2, features + 3, labels)
     for target in (memory, plain):
         target.replace(2, ClassMoments.of(features, labels, 4))
-        target.fit(2, features, labels)
-    assert memory.state().keys() == plain.state().keys()
-    for name, tensor in plain.state().items():
-        assert torch.equal(memory.state()[name], tensor), name
+        target.fit_temperature(2, features, labels)
+    assert memory.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(memory.state_dict()[name], tensor), name
 
 
 # -- familiarity ---------------------------------------------------------------------------------------------
 
 
-def test_distance_is_mahalanobis_to_the_nearest_mean(memory: RowMemory, naive: Naive) -> None:
+def test_distance_is_mahalanobis_to_the_nearest_mean(memory: ClassStatistics, naive: Naive) -> None:
     probes = torch.randn(20, DIM, generator=torch.Generator().manual_seed(11)) * 2
     expected = torch.stack([naive.distances(f) for f in probes])
     distance, row = memory.distance(probes)
@@ -378,7 +384,7 @@ def test_distance_is_mahalanobis_to_the_nearest_mean(memory: RowMemory, naive: N
 
 
 def test_familiarity_uses_quantile_and_spread_of_the_nearest_rows_task(
-    tasks: list[tuple[Tensor, Tensor]], memory: RowMemory, naive: Naive
+    tasks: list[tuple[Tensor, Tensor]], memory: ClassStatistics, naive: Naive
 ) -> None:
     table = []
     for task, (features, labels) in enumerate(tasks):
@@ -406,7 +412,7 @@ def test_familiarity_uses_quantile_and_spread_of_the_nearest_rows_task(
     assert nearest_tasks == {0, 1, 2}
 
 
-def test_familiarity_falls_with_the_distance(memory: RowMemory) -> None:
+def test_familiarity_falls_with_the_distance(memory: ClassStatistics) -> None:
     near_mean = memory.moments.mean[:1].float()
     values = [float(memory.familiarity(near_mean + step)) for step in (0, 1, 3, 30)]
     assert values == sorted(values, reverse=True)
@@ -417,7 +423,7 @@ def test_familiarity_falls_with_the_distance(memory: RowMemory) -> None:
 
 
 def test_rows_move_by_the_linear_map(
-    tasks: list[tuple[Tensor, Tensor]], memory: RowMemory, naive: Naive
+    tasks: list[tuple[Tensor, Tensor]], memory: ClassStatistics, naive: Naive
 ) -> None:
     drift = torch.eye(DIM, dtype=torch.float64)
     drift += 0.2 * torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -443,9 +449,9 @@ def test_new_rows_join_unmoved_after_a_move(tasks: list[tuple[Tensor, Tensor]]) 
     near(memory.moments.scatter, old + scatter)
 
 
-def test_state_restores_scores_temperature_and_familiarity(memory: RowMemory) -> None:
-    other = RowMemory(DIM, CPU)
-    other.load_state({name: x.clone() for name, x in memory.state().items()})
+def test_state_restores_scores_temperature_and_familiarity(memory: ClassStatistics) -> None:
+    other = ClassStatistics(DIM, CPU)
+    other.load_state_dict({name: x.clone() for name, x in memory.state_dict().items()})
     probes = torch.randn(8, DIM)
     assert other.kappa == memory.kappa and other.distances == memory.distances
     assert torch.equal(other.log_q(probes), memory.log_q(probes))
@@ -453,14 +459,14 @@ def test_state_restores_scores_temperature_and_familiarity(memory: RowMemory) ->
 
 
 def test_learning_goes_on_after_a_load_as_without(tasks: list[tuple[Tensor, Tensor]]) -> None:
-    through, straight = RowMemory(DIM, CPU), learned(tasks)
-    through.load_state(learned(tasks[:2]).state())
+    through, straight = ClassStatistics(DIM, CPU), learned(tasks)
+    through.load_state_dict(learned(tasks[:2]).state_dict())
     features, labels = tasks[2]
     for _ in range(2):  # the pass before and the pass after
         through.replace(2, ClassMoments.of(features, labels, 4))
-        through.fit(2, features, labels)
-    for name, tensor in straight.state().items():
-        assert torch.equal(through.state()[name], tensor), name
+        through.fit_temperature(2, features, labels)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(through.state_dict()[name], tensor), name
 
 
 # -- sums of probabilities -----------------------------------------------------------------------------------
@@ -491,10 +497,10 @@ def test_new_images_of_few_images_classes_are_familiar() -> None:
         generator = torch.Generator().manual_seed(per_class)
         means = 3 * torch.randn(4, dim, generator=generator)
         labels = torch.arange(4).repeat_interleave(per_class)
-        memory = RowMemory(dim, CPU)
+        memory = ClassStatistics(dim, CPU)
         seen = means[labels] + torch.randn(len(labels), dim, generator=generator)
         memory.replace(0, ClassMoments.of(seen, labels, 4))
-        memory.fit(0, seen, labels)
+        memory.fit_temperature(0, seen, labels)
         fresh = means.repeat(100, 1) + torch.randn(400, dim, generator=generator)
         assert 0.8 < float((memory.familiarity(fresh) >= 0.5).float().mean()) <= 1.0, per_class
         far = means.repeat(100, 1) + 3 * torch.randn(400, dim, generator=generator)

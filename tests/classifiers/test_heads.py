@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from duallora.classifiers.class_statistics import sum_rows
-from duallora.classifiers.heads import Heads, calibrate, within_tasks
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.heads import Heads
+from duallora.classifiers.log_probabilities import sum_rows, within_tasks
 
 CPU = torch.device("cpu")
 
@@ -155,6 +156,6 @@ def test_state_restores_heads_of_unequal_size_frozen() -> None:
     heads, other, f = Heads(6, CPU), Heads(6, CPU), torch.randn(4, 6)
     for task in range(12):
         heads.open(1 + task % 3, torch.Generator().manual_seed(task))
-    other.load_state({name: x.clone() for name, x in heads.state_dict().items()})
+    other.load_state_dict({name: x.clone() for name, x in heads.state_dict().items()})
     assert torch.equal(other(f), heads(f))
     assert not any(p.requires_grad for p in other.parameters())

@@ -147,9 +147,9 @@ def test_a_single_image_can_be_learned() -> None:
 
 def test_state_restores_the_model_and_learning_goes_on() -> None:
     straight, other = learned(TASKS[:2]), RandomFeatureModel(DIM, SIZE, None, 99, CPU)
-    other.load_state({name: x.clone() for name, x in learned(TASKS[:1]).state().items()})
+    other.load_state_dict({name: x.clone() for name, x in learned(TASKS[:1]).state_dict().items()})
     other.add(1, *TASKS[1])
-    for name, tensor in straight.state().items():
-        assert torch.equal(other.state()[name], tensor), name
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
     probes = torch.randn(5, DIM)
     assert torch.equal(other.log_q(probes), straight.log_q(probes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
 
 from duallora import ContinualLearner
 from duallora.backbones.backbone import Backbone
+from duallora.methods import Encoding
 
 TASKS = three_tasks(20)
 
@@ -25,7 +27,7 @@ def blind(backbone: Backbone) -> Backbone:
 
 def taught(backbone: Backbone, name: str = "linear") -> ContinualLearner:
     learner = ContinualLearner(backbone, small_config(name), device="cpu")
-    learner.method.autocast = nullcontext
+    learner.method.context = replace(learner.method.context, autocast=nullcontext)
     for task in TASKS:
         learner.learn(task)
     return learner
@@ -77,5 +79,5 @@ def test_features_of_the_outputs_are_the_final_ones_and_what_heads_read(name: st
     assert [head.in_features for head in method.heads.tasks] == [width] * 3
     other = features.clone()
     other[:, WIDTH:] = 7.0
-    same = torch.equal(method.head_logits(other), method.head_logits(features))
+    same = torch.equal(method.head_logits(Encoding(other)), method.head_logits(Encoding(features)))
     assert same != method.imprinted

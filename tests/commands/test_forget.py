@@ -6,13 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import Call, assert_refused, caller, images, on_disk, use_tiny_backbone
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
+from command_line import Call, assert_refused, images, on_disk
 
 
 @pytest.fixture

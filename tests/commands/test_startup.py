@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from duallora.backbones.backbone import load_backbone
+from duallora.bench import startup as module
 from duallora.bench.candidates import Candidate
 from duallora.bench.startup import startup
 from duallora.bench.synthetic import simulated_learner
 from duallora.methods import METHODS
+
+pytestmark = pytest.mark.process
 
 _PREDICTION = """
 import sys, torch
@@ -48,7 +51,15 @@ def test_a_prediction_imports_neither_what_trains_nor_what_measures(method: str,
     assert found & {"lightning_fabric", "torchmetrics", "sklearn", "jsonargparse", "matplotlib"} == set()
 
 
-def test_processes_are_timed_in_turn() -> None:
+def test_processes_are_timed_in_turn_but_for_the_first_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, started = module._seconds, []
+
+    def seconds(script: str, words: list[str]) -> float:
+        started.append(script)
+        return 1e6 if len(started) <= 3 else real(script, words)
+
+    monkeypatch.setattr(module, "_seconds", seconds)
     found = startup(Candidate("duallora", METHODS["duallora"].config()), tasks=2, classes=2, repeats=1)
-    assert all(found[f"{name}_seconds"] > 0 for name in ("frozen", "learned", "help"))
+    assert len(started) == 6 and started[:3] == started[3:]
+    assert all(0 < found[f"{name}_seconds"] < 1e6 for name in ("frozen", "learned", "help"))
     assert found["load_ratio"] == pytest.approx(found["learned_seconds"] / found["frozen_seconds"])

@@ -38,7 +38,7 @@ def caller(capsys: pytest.CaptureFixture[str]) -> Call:
 
 def use_tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a tiny random ViT stand for every backbone: commands then take a fraction of a second."""
-    for module in ("learner", "backbones"):
+    for module in ("learner", "backbones.backbone"):
         monkeypatch.setattr(f"duallora.{module}.load_backbone", lambda *_: tiny_backbone())
 
 

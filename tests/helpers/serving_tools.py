@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,14 @@ class Fixed:
 
     def stop(self) -> None:
         pass
+
+
+def until(condition: Callable[[], object], seconds: float = 300) -> None:
+    """Waits until something is so; on a busy machine it takes a moment longer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from duallora import METHODS, ContinualLearner, DualLoRAConfig, MethodConfig
 from duallora.outputs import Outputs
+from duallora.streams.task import TaskDataset, as_task_dataset, concatenated
 
 TIMES = ("learned_at", "prepare_seconds", "learn_seconds", "consolidate_seconds")
 
@@ -83,6 +84,24 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
 def new_learner(config: MethodConfig | None = None, seed: int = 0, **backbone: Any) -> ContinualLearner:
     """A learner on a tiny random ViT, which is the same on every call."""
     return ContinualLearner(tiny_backbone(**backbone), config or small_config(), seed, device="cpu")
+
+
+def taught(name: str, tasks: Sequence[Patterns]) -> list[Patterns | TaskDataset]:
+    """The tasks as the method takes them: joint training has all their images in one."""
+    if not METHODS[name].method.all_at_once or len(tasks) < 2:
+        return list(tasks)
+    names = list(dict.fromkeys(c for task in tasks for c in task.classes))
+    return [concatenated([as_task_dataset(task) for task in tasks], names)]
+
+
+def learned(
+    name: str, tasks: list[Patterns] | None = None, seed: int = 0, **changes: Any
+) -> ContinualLearner:
+    """A learner of a method after the tasks, by default the three."""
+    learner = new_learner(small_config(name, **changes), seed)
+    for task in taught(name, three_tasks() if tasks is None else tasks):
+        learner.learn(task)
+    return learner
 
 
 def reloaded(learner: ContinualLearner, folder: Path, **backbone: Any) -> ContinualLearner:

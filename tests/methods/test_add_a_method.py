@@ -65,15 +65,15 @@ def test_the_anchor_holds(anchored: str) -> None:
 
 
 def test_the_commands_know_the_example(
-    anchored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    anchored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("duallora.runs.results._SPEED_IMAGES", 4)
     call = caller(capsys)
     listed = json.loads(call("methods", "--json").out)
     assert listed[-1]["name"] == anchored and listed[-1]["paper"]
     assert "--method.strength" in call("run", "--method", anchored, "--help").out
-    words = (
-        f"--stream digits --tasks 2 --train-per-class 3 --epochs 1 --method.strength 2 --out {tmp_path}/run"
-    )
+    words = "--stream digits --classes 4 --tasks 2 --train-per-class 3 --holdout 3 --epochs 1"
+    words += f" --method.strength 2 --out {tmp_path}/run"
     call("run", "--method", anchored, *words.split())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["config"]["method"]["name"] == anchored

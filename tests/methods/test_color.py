@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_nothing_acts_outside_its_own_passes(monkeypatch: pytest.MonkeyPatch) ->
     bare = tiny_backbone(depth=DEPTH)(images)
 
     def at_rest() -> None:
-        assert method._chosen is None and all(update.active is None for update in method.updates)
+        assert method.active.get() is None
         assert torch.equal(method.backbone(images), bare)
         assert torch.equal(method.frozen_features(images), bare)
 
@@ -209,7 +210,7 @@ def test_nothing_acts_outside_its_own_passes(monkeypatch: pytest.MonkeyPatch) ->
         at_rest()
     method.loss(Batch(images, torch.tensor([0, 1, 0]), torch.arange(3)))
     at_rest()
-    monkeypatch.setattr(method.rows, "readout", lambda _: 1 / 0)
+    monkeypatch.setattr(method.rows, "posterior_and_familiarity", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         method.logits(images)
     at_rest()
@@ -225,7 +226,9 @@ def test_two_passes_however_many_tasks_are_met() -> None:
     method.backbone.register_forward_hook(lambda *_: calls.append(1))
     first = method.logits(mixed)
     assert len(calls) == method.forward_passes == 2
-    method.cache = FrozenFeatures.compute(tiny_backbone(depth=DEPTH), [mixed])
+    method.context = replace(
+        method.context, cache=FrozenFeatures.compute(tiny_backbone(depth=DEPTH), [mixed])
+    )
     second = method.logits(mixed)
     assert len(calls) == 3, "the query pass is read from the cache"
     torch.testing.assert_close(second.heads, first.heads)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType, MethodType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,20 +17,21 @@ from small_tasks import (
     Patterns,
     assert_same_outputs,
     assert_same_state,
+    learned,
     new_learner,
     reloaded,
     small_config,
+    taught,
     three_tasks,
     timeless,
     unseen,
 )
 from tiny import tiny_backbone
 
-from duallora import METHODS, ContinualLearner, DualLoRAError, load_backbone
-from duallora.adapters.inject import unwrap_attention
-from duallora.metrics import class_probabilities
+from duallora import METHODS, ContinualLearner, load_backbone
+from duallora.adapters.wrapped_qkv import unwrap_attention
 from duallora.outputs import Outputs
-from duallora.streams.task import TaskDataset, as_task_dataset, concatenated
+from duallora.predictions import class_probabilities
 
 pytestmark = [
     pytest.mark.parametrize("name", METHODS),
@@ -49,25 +49,24 @@ REPEATED = [
 ]
 
 
-def taught(name: str, tasks: Sequence[Patterns]) -> list[Patterns | TaskDataset]:
-    """The tasks as the method takes them: joint training has all their images in one."""
-    if not METHODS[name].method.all_at_once or len(tasks) < 2:
-        return list(tasks)
-    names = list(dict.fromkeys(c for task in tasks for c in task.classes))
-    return [concatenated([as_task_dataset(task) for task in tasks], names)]
-
-
-def learned(
-    name: str, tasks: list[Patterns] | None = None, seed: int = 0, **changes: Any
-) -> ContinualLearner:
-    learner = new_learner(small_config(name, **changes), seed)
-    for task in taught(name, three_tasks() if tasks is None else tasks):
-        learner.learn(task)
-    return learner
-
-
-def test_a_saved_learner_predicts_the_same(name: str, tmp_path: Path) -> None:
+@cache
+def _of_three_tasks(name: str) -> tuple[ContinualLearner, dict[str, torch.Tensor]]:
     learner = learned(name)
+    return learner, {key: x.clone() for key, x in learner.method.state().items()}
+
+
+@pytest.fixture
+def reference(name: str) -> Iterator[ContinualLearner]:
+    """A learner after the three tasks; all tests of a method read the same one, and none may teach it."""
+    learner, before = _of_three_tasks(name)
+    yield learner
+    after = learner.method.state()
+    assert after.keys() == before.keys() and len(learner.tasks) == len(taught(name, three_tasks()))
+    assert all(torch.equal(after[key], x) for key, x in before.items())
+
+
+def test_a_saved_learner_predicts_the_same(reference: ContinualLearner, tmp_path: Path) -> None:
+    learner = reference
     data = unseen(three_tasks())
     loaded = reloaded(learner, tmp_path / "model")
     assert_same_state(loaded, learner)
@@ -77,40 +76,42 @@ def test_a_saved_learner_predicts_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_resumed_learner_learns_the_same(name: str, after: int, tmp_path: Path) -> None:
-    whole, tasks = learned(name), taught(name, three_tasks())
+def test_a_resumed_learner_learns_the_same(
+    name: str, after: int, reference: ContinualLearner, tmp_path: Path
+) -> None:
+    tasks = taught(name, three_tasks())
     parts = new_learner(small_config(name))
     for task in tasks[:after]:
         parts.learn(task)
     parts = reloaded(parts, tmp_path / "model")
     for task in tasks[after:]:
         parts.learn(task)
-    assert_same_state(parts, whole)
-    assert_same_outputs(parts.outputs(unseen(three_tasks())), whole.outputs(unseen(three_tasks())))
+    assert_same_state(parts, reference)
+    assert_same_outputs(parts.outputs(unseen(three_tasks())), reference.outputs(unseen(three_tasks())))
 
 
-def test_evaluating_between_tasks_changes_nothing(name: str) -> None:
+def test_evaluating_between_tasks_changes_nothing(name: str, reference: ContinualLearner) -> None:
     learner = new_learner(small_config(name))
     for task in taught(name, three_tasks()):
         learner.learn(task)
         learner.evaluate(task)
         learner.predict([task[i][0] for i in range(3)])
-    assert_same_state(learner, learned(name))
+    assert_same_state(learner, reference)
 
 
-def test_two_equal_runs_are_equal(name: str) -> None:
-    assert_same_state(learned(name), learned(name))
+def test_two_equal_runs_are_equal(name: str, reference: ContinualLearner) -> None:
+    assert_same_state(learned(name), reference)
 
 
-def test_the_seed_counts(name: str) -> None:
-    first, second = (learned(name, seed=seed).outputs(three_tasks()[0]).heads for seed in (0, 1))
+def test_the_seed_counts(name: str, reference: ContinualLearner) -> None:
+    first, second = (each.outputs(three_tasks()[0]).heads for each in (reference, learned(name, seed=1)))
     # Class means of frozen features are all that NCM has: nothing is drawn.
     assert torch.equal(first, second) == (name == "ncm")
 
 
 @pytest.mark.parametrize("size", [1, 7, 128])
-def test_predictions_do_not_depend_on_the_batch(name: str, size: int) -> None:
-    learner = learned(name)
+def test_predictions_do_not_depend_on_the_batch(size: int, reference: ContinualLearner) -> None:
+    learner = reference
     data = unseen(three_tasks(), 6)
     images = torch.stack([learner.preprocess(image) for image in data.images])
     expected = learner.outputs(data)
@@ -125,8 +126,8 @@ def test_predictions_do_not_depend_on_the_batch(name: str, size: int) -> None:
             torch.testing.assert_close(a, b[order], rtol=0, atol=1e-5, msg=field)
 
 
-def test_probabilities_are_probabilities(name: str) -> None:
-    outputs = learned(name).outputs(unseen(three_tasks()))
+def test_probabilities_are_probabilities(reference: ContinualLearner) -> None:
+    outputs = reference.outputs(unseen(three_tasks()))
     ones = torch.ones(len(outputs.heads))
     for rows in (outputs.heads, outputs.calibrated, outputs.task_posterior):
         assert rows is not None
@@ -137,6 +138,7 @@ def test_probabilities_are_probabilities(name: str) -> None:
         assert float(outputs.gate.min()) >= 0 and float(outputs.gate.max()) <= 1
 
 
+@pytest.mark.slow
 def test_the_tasks_are_learned(name: str) -> None:
     tasks = three_tasks(10)
     learner = learned(name, tasks, epochs=4)
@@ -144,6 +146,7 @@ def test_the_tasks_are_learned(name: str) -> None:
     assert learner.evaluate(Patterns(tasks[-1].classes, 10, seed=50)).accuracy > 2 / 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [False, True])
 def test_the_backbone_stays_as_it_was(name: str, real: bool) -> None:
     backbone = load_backbone() if real else tiny_backbone()
@@ -164,6 +167,7 @@ def test_the_backbone_stays_as_it_was(name: str, real: bool) -> None:
         assert tensor.data_ptr() == originals[key].data_ptr(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tasks",
     [
@@ -235,6 +239,7 @@ def test_earlier_rows_stay(name: str) -> None:
         assert torch.equal(after[key][: len(x)], x) != moved, key
 
 
+@pytest.mark.slow
 def test_global_random_numbers_have_no_part(name: str) -> None:
     def seeded(seed: int) -> ContinualLearner:
         torch.manual_seed(seed)
@@ -305,73 +310,8 @@ def test_nothing_of_the_images_is_kept(name: str) -> None:
     assert not [path for path, x in tensors if x.ndim == 4 and tuple(x.shape[1:]) == (3, 32, 32)]
 
 
-class Interrupting(Patterns):
-    """Counts how often it is read, and raises when it is read for the n-th time."""
-
-    def __init__(self, at: int | None = None) -> None:
-        super().__init__(["yak", "zebu"], 6, 5)
-        self.at, self.reads = at, 0
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        self.reads += 1
-        if self.reads == self.at:
-            raise KeyboardInterrupt
-        return super().__getitem__(index)
-
-
-@pytest.mark.parametrize("share", [1 / 6, 1 / 2, 5 / 6])
-def test_an_interrupted_learner_refuses_to_be_used(name: str, share: float, tmp_path: Path) -> None:
-    whole = Interrupting()
-    new_learner(small_config(name)).learn(whole)
-    first = [] if METHODS[name].method.all_at_once else three_tasks()[:1]
-    learner = learned(name, first)
-    data = unseen(three_tasks()[:1])
-    if first:
-        learner.save(tmp_path / "model")
-        expected = learner.outputs(data)
-    with pytest.raises(KeyboardInterrupt):
-        learner.learn(Interrupting(round(share * whole.reads)), name="wild")
-    assert [task.name for task in learner.tasks] == ["task 1"] * len(first)
-    for use in (
-        lambda: learner.learn(three_tasks()[1]),
-        lambda: learner.outputs(data),
-        lambda: learner.evaluate(data),
-        lambda: learner.predict(data.images),
-        lambda: learner.save(tmp_path / "model"),
-        lambda: learner.save(tmp_path / "other"),
-    ):
-        with pytest.raises(DualLoRAError, match="'wild' did not finish"):
-            use()
-    assert not (tmp_path / "other").exists()
-    if not first:
-        return
-    loaded = ContinualLearner.load(tmp_path / "model", device="cpu", backbone=tiny_backbone())
-    assert_same_outputs(loaded.outputs(data), expected)
-
-
-def test_a_refused_task_leaves_the_learner_as_it_was(name: str) -> None:
-    learner = learned(name, three_tasks()[:1])
-    data = unseen(three_tasks()[:1])
-    expected = learner.outputs(data)
-    joint = METHODS[name].method.all_at_once
-    gap = Patterns(["cat", "dog"], [4, 0])
-    for refused, words in ((Patterns([], 0), "no images"), (gap, "'dog' has no images")):
-        with pytest.raises(DualLoRAError, match=words):
-            learner.learn(refused)
-    with pytest.raises(DualLoRAError, match="'task 1' has been learned already"):
-        learner.learn(three_tasks()[1], name="task 1")
-    assert_same_outputs(learner.outputs(data), expected)
-    if joint:
-        with pytest.raises(DualLoRAError, match="all classes at once"):
-            learner.learn(three_tasks()[1])
-        assert_same_outputs(learner.outputs(data), expected)
-        return
-    learner.learn(three_tasks()[1])
-    assert_same_state(learner, learned(name, three_tasks()[:2]))
-
-
-def test_one_pass_an_image(name: str) -> None:
-    learner = learned(name)
+def test_one_pass_an_image(reference: ContinualLearner) -> None:
+    learner = reference
     calls: list[int] = []
     handle = learner.backbone.register_forward_hook(lambda *_: calls.append(1))
     learner.outputs(three_tasks()[0])
@@ -379,8 +319,8 @@ def test_one_pass_an_image(name: str) -> None:
     assert len(calls) == learner.forward_passes
 
 
-def test_the_record_of_a_task(name: str) -> None:
-    learner = learned(name)
+def test_the_record_of_a_task(name: str, reference: ContinualLearner) -> None:
+    learner = reference
     for record, task in zip(learner.tasks, taught(name, three_tasks()), strict=True):
         assert record.classes == tuple(task.classes) and record.train_images == len(task)
         assert min(record.prepare_seconds, record.learn_seconds, record.consolidate_seconds) >= 0
@@ -392,8 +332,8 @@ def test_the_record_of_a_task(name: str) -> None:
     assert sizes[-1] == sum(x.numel() * x.element_size() for x in learner.method.state().values())
 
 
-def test_fields_of_outputs_are_on_the_cpu_in_fp32(name: str) -> None:
-    outputs = learned(name).outputs(three_tasks()[0])
+def test_fields_of_outputs_are_on_the_cpu_in_fp32(reference: ContinualLearner) -> None:
+    outputs = reference.outputs(three_tasks()[0])
     for field in fields(Outputs):
         value = getattr(outputs, field.name)
         if isinstance(value, torch.Tensor) and field.name not in ("row_task", "row_class"):

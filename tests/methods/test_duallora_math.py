@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.testing import assert_close
 from duallora import streams
 from duallora.adapters.dual_lora import AdaptedQKV, DualAdapter
 from duallora.backbones.backbone import Backbone, load_backbone
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.data.transforms import evaluation_transform
-from duallora.methods import Batch, TaskInfo
+from duallora.methods import Batch, BatchOutputs, Encoding, TaskInfo
 from duallora.methods.duallora import DualLoRA, DualLoRAConfig
 
 DIM, TOKENS, CPU = 32, 17, torch.device("cpu")
@@ -105,14 +106,14 @@ def test_before_the_first_step_the_network_is_the_frozen_one_bit_for_bit(residua
     data = random_task(0)
     frozen = tiny_backbone()(data.images)
     method = method_of(residual=residual)
-    assert torch.equal(method.backbone(data.images), frozen)
+    assert torch.equal(method.extract(data.images), frozen)
     method.prepare(data.info, data.loader)
-    assert torch.equal(method.backbone(data.images), frozen)
+    assert torch.equal(method.extract(data.images), frozen)
     assert len(list(method.adapted[1].groups["kv"].parameters())) > 0
-    with method.memory.own_images(data.labels, torch.arange(12)):
-        assert torch.equal(method.backbone(data.images), frozen)
+    own = (data.labels, torch.arange(12))
+    assert torch.equal(method.encode(data.images, own).features, frozen)
     train(method, data)
-    assert float((method.backbone(data.images) - frozen).detach().abs().max()) > 1e-2
+    assert float((method.extract(data.images) - frozen).detach().abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("residual", ["next", "own", "protected"])
@@ -134,15 +135,16 @@ def test_an_adapted_layer_equals_its_formula_with_the_gate_written_out(
             residuals[data.info.index] = (adapter.psi.double() @ adapter.c.double()).detach()
         method.consolidate(data.info, data.loader)
     probes = torch.cat([data.images[:3] for data in tasks])
-    x, y = calls_of(method.adapted[1], lambda: method.logits(probes))
-    x, found = x.double(), method.gate_weights()
+    readouts: list[BatchOutputs] = []
+    x, y = calls_of(method.adapted[1], lambda: readouts.append(method.logits(probes)))
+    x, found = x.double(), readouts[0].gate
 
     # Features at the gate come from frozen layers: any later pass sees the same.
-    rows = RowMemory(2 * DIM, CPU)
+    rows = ClassStatistics(2 * DIM, CPU)
     for data in tasks:
         f = described(calls_of(method.adapted[1], lambda data=data: method.logits(data.images))[0])
         rows.replace(data.info.index, ClassMoments.of(f, data.labels, 2))
-        rows.fit(data.info.index, f, data.labels)
+        rows.fit_temperature(data.info.index, f, data.labels)
     scores = (rows.kappa * rows.scores(described(x).float())).softmax(1)
     weights = torch.stack([scores[:, 2 * t] + scores[:, 2 * t + 1] for t in range(3)], 1).double()
     weights = weights * (weights >= weights.sort(1, descending=True).values[:, 1:2])
@@ -212,13 +214,13 @@ def test_inputs_of_exact_rank_keep_their_outputs(orthogonal_update: str, project
     assert all(subspace.phi.shape[1] <= TOKENS for subspace in method.subspaces.values())
     assert len(method.subspaces) == 2, "layers 1 and 2"
     before = {layer: calls_of(m, lambda: method.logits(old.images))[1] for layer, m in method.adapted.items()}
-    features, others = method.backbone(old.images), method.backbone(new.images)
+    features, others = method.extract(old.images), method.extract(new.images)
     learn(method, new)
     for layer, module in method.adapted.items():
         after = calls_of(module, lambda: method.logits(old.images))[1]
         assert float((after - before[layer]).abs().max()) < 1e-5
-    assert float((method.backbone(old.images) - features).abs().max()) < 1e-5
-    assert float((method.backbone(new.images) - others).abs().max()) > 1e-2, (
+    assert float((method.extract(old.images) - features).abs().max()) < 1e-5
+    assert float((method.extract(new.images) - others).abs().max()) > 1e-2, (
         "the task must have learned something"
     )
 
@@ -228,10 +230,10 @@ def test_a_gated_residual_for_others_is_what_may_move_an_old_image() -> None:
     method = method_of(tiny_backbone(depth=3), residual="next", energy_threshold=1.0, gate="off")
     old, new = Data(0, tiny_images(1, 1), torch.zeros(1, dtype=torch.long)), random_task(1)
     learn(method, old)
-    features = method.backbone(old.images)
+    features = method.extract(old.images)
     learn(method, new)
     assert method.residual_norm > 1e-3
-    assert float((method.backbone(old.images) - features).abs().max()) < 1e-5
+    assert float((method.extract(old.images) - features).abs().max()) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +251,7 @@ def digits() -> tuple[DualLoRA, dict[int, Tensor], dict[int, Tensor], dict[int, 
     old, new = tasks
     learn(method, old, 4)
     tokens = {
-        layer: calls_of(m, lambda: method.backbone(old.images))[0].detach().double().flatten(0, 1)
+        layer: calls_of(m, lambda: method.extract(old.images))[0].detach().double().flatten(0, 1)
         for layer, m in method.adapted.items()
     }
     phi = {layer: subspace.phi.clone() for (layer, _), subspace in method.subspaces.items()}
@@ -258,6 +260,7 @@ def digits() -> tuple[DualLoRA, dict[int, Tensor], dict[int, Tensor], dict[int, 
     return method, tokens, phi, {layer: (a.double(), b.double()) for layer, (a, b) in updates.items()}
 
 
+@pytest.mark.slow
 def test_on_real_images_the_update_moves_old_tokens_less_than_the_unprotected_energy_allows(
     digits: Any,
 ) -> None:
@@ -327,7 +330,7 @@ def test_an_exhausted_complement_stops_the_orthogonal_adapter_with_one_warning_a
     assert used == [DIM - 1] * 2, (
         "tokens after a norm have mean zero: that direction has no energy and never counts"
     )
-    features = method.backbone(random_task(0).images)
+    features = method.extract(random_task(0).images)
     data = random_task(1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -341,10 +344,10 @@ def test_an_exhausted_complement_stops_the_orthogonal_adapter_with_one_warning_a
     method.consolidate(data.info, data.loader)
     assert method.orthogonal_norm == 0 and (method.residual_norm > 1e-3) == goes_on
     assert all(len(adapter.factors) == 1 or adapter.dense is not None for _, adapter in adapters(method))
-    moved = float((method.backbone(data.images) - tiny_backbone(depth=3)(data.images)).abs().max())
+    moved = float((method.extract(data.images) - tiny_backbone(depth=3)(data.images)).abs().max())
     assert moved > 1e-2
     if not goes_on and residual == "none":
-        assert torch.equal(method.backbone(random_task(0).images), features)
+        assert torch.equal(method.extract(random_task(0).images), features)
 
 
 def test_an_orthogonal_adapter_of_rank_zero_is_no_exhausted_complement() -> None:
@@ -427,15 +430,22 @@ def test_training_leaves_each_image_out_of_its_own_row() -> None:
     data = random_task(1, count=6)
     method.prepare(data.info, data.loader)
     point, batch = method.memory.points[1], data.batch(torch.tensor([4, 1, 3]))
+    encode, passes = method.encode, []
+
+    def noted(*args: Any) -> Encoding:
+        passes.append(encode(*args))
+        return passes[-1]
+
+    method.encode = noted  # type: ignore[method-assign]
     method.loss(batch)
-    found = method.gate_weights()
-    f0 = described(calls_of(method.adapted[1], lambda: method.backbone(data.images))[0])
-    rows = RowMemory(2 * DIM, CPU)
+    found = passes[0].gate
+    f0 = described(calls_of(method.adapted[1], lambda: method.extract(data.images))[0])
+    rows = ClassStatistics(2 * DIM, CPU)
     old = random_task(0)
-    old_f = described(calls_of(method.adapted[1], lambda: method.backbone(old.images))[0])
+    old_f = described(calls_of(method.adapted[1], lambda: method.extract(old.images))[0])
     for task, (f, y) in enumerate([(old_f, old.labels), (f0, data.labels)]):
         rows.replace(task, ClassMoments.of(f, y, 2))
-        rows.fit(task, f, y)
+        rows.fit_temperature(task, f, y)
     assert rows.kappa == pytest.approx(point.rows.kappa)
     moments = rows.moments
     sigma = moments.scatter / (18 - 4)
@@ -450,9 +460,9 @@ def test_training_leaves_each_image_out_of_its_own_row() -> None:
         scores = torch.stack([f @ inverse @ mu - mu @ inverse @ mu / 2 for mu in means])
         q = (rows.kappa * scores).softmax(0)
         near(found[i], torch.stack([q[:2].sum(), q[2:].sum()]), atol=1e-3, rtol=1e-3)
-    method.backbone(batch.images)
-    assert float((method.gate_weights() - found)[:, 1].min()) > -1e-4
-    assert not torch.allclose(method.gate_weights(), found, atol=1e-3)
+    unknown = method.encode(batch.images).gate
+    assert float((unknown - found)[:, 1].min()) > -1e-4
+    assert not torch.allclose(unknown, found, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -486,7 +496,7 @@ def test_gate_rows_never_go_stale_at_the_first_layer_alone(gate: str) -> None:
     learn(method, random_task(1), 20)
     assert list(stored) == ([1] if gate == "first" else [1, 2])
     for layer, mean in stored.items():
-        f = described(calls_of(method.adapted[layer], lambda: method.backbone(old.images))[0])
+        f = described(calls_of(method.adapted[layer], lambda: method.extract(old.images))[0])
         now = ClassMoments.of(f.detach(), old.labels, 2).mean
         gap = float((now - mean).abs().max())
         assert gap < 1e-5 if layer == 1 else gap > 1e-4
@@ -506,7 +516,7 @@ def test_energy_gives_the_posterior_with_calibration_by_task(residual: str, gate
     columns = []
     for task in range(3):
         images = random_task(task).images
-        own = calls_of(method.adapted[1], lambda images=images: method.backbone(images))[0][:, 0].double()
+        own = calls_of(method.adapted[1], lambda images=images: method.extract(images))[0][:, 0].double()
         f = x[:, 0].double()
         block = subspace.block(task)
         shares = [(g @ block).square().sum(1) / g.square().sum(1) for g in (own, f)]
@@ -564,7 +574,7 @@ def test_the_calibrated_readout_equals_its_formula() -> None:
 def test_autocast_reaches_the_backbone_alone() -> None:
     """Where the device has bf16, rows, temperatures, sums and merged weights must not notice."""
     method, plain = method_of(), method_of()
-    method.autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    method.context = replace(method.context, autocast=partial(torch.autocast, "cpu", dtype=torch.bfloat16))
     seen, remember = [], method.remember
 
     def note(task: TaskInfo, features: Tensor, labels: Tensor) -> None:
@@ -585,7 +595,7 @@ def test_autocast_reaches_the_backbone_alone() -> None:
         weight = method.adapted[layer].base.weight[DIM:].double().T + update
         near(method.adapted[layer].weight[DIM:].T, weight, atol=1e-6)
     frozen = tiny_backbone()(random_task(1).images)
-    rounded = method.features(random_task(1).images) - method.backbone(random_task(1).images)
+    rounded = method.features(random_task(1).images) - method.extract(random_task(1).images)
     assert 1e-4 < float(rounded.abs().max()) < 0.5 * float(frozen.abs().max()), (
         "the backbone must run in bf16"
     )

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from duallora import METHODS, ContinualLearner
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.methods import TaskInfo
-from duallora.methods.base import Batch
+from duallora.methods.interface import Batch
 
 DIM, CPU = 6, torch.device("cpu")
 IMPRINTED = ("duallora", "frozen")
@@ -25,11 +25,11 @@ def task_features(classes: int, seed: int, shift: float = 0.0) -> tuple[Tensor, 
     return centres[labels] + torch.randn(len(labels), DIM, generator=generator), labels
 
 
-def rows_of(*tasks: tuple[Tensor, Tensor]) -> RowMemory:
-    rows = RowMemory(DIM, CPU)
+def rows_of(*tasks: tuple[Tensor, Tensor]) -> ClassStatistics:
+    rows = ClassStatistics(DIM, CPU)
     for task, (f, y) in enumerate(tasks):
         rows.replace(task, ClassMoments.of(f, y, int(y.max()) + 1))
-        rows.fit(task, f, y)
+        rows.fit_temperature(task, f, y)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,15 @@ class Watched:
         self.changes: list[Tensor] = []
         begin, merge = DualAdapter.begin, DualAdapter.merge
         self.learner = new_learner(small_config("inflora", **changes))
-        self.learner.method.autocast = nullcontext  # bf16, where the machine has it, would blur the moments
+        self.learner.method.context = replace(
+            self.learner.method.context, autocast=nullcontext
+        )  # bf16, where the machine has it, would blur the moments
         method = self.learner.method
         assert isinstance(method, InfLoRA)
-        self.method, (self.layer,) = method, method.memory
+        self.method, (self.layer,) = method, method.gpm
 
         def watched_begin(adapter: DualAdapter, task: int, a: Tensor, psi: Tensor) -> None:
-            self.opened.append((a.clone(), method.memory[self.layer].complement.float()))
+            self.opened.append((a.clone(), method.gpm[self.layer].complement.float()))
             begin(adapter, task, a, psi)
 
         def watched_merge(adapter: DualAdapter) -> None:
@@ -158,7 +161,7 @@ class Watched:
         self.modes = []
         for task in three_tasks():
             self.learner.learn(task)
-            self.modes.append(method.memory[self.layer].retain)
+            self.modes.append(method.gpm[self.layer].retain)
 
 
 @pytest.mark.parametrize("lamb", [REMOVE, RETAIN])
@@ -214,10 +217,10 @@ def test_a_flipped_memory_survives_a_save(after: int, tmp_path: Path) -> None:
 
     whole, half = learned(3), learned(after)
     loaded = reloaded(half, tmp_path, depth=3)
-    assert [memory.retain for memory in half.method.memory.values()] == [True, after == 2]
-    for layer, memory in half.method.memory.items():
-        assert memory.basis.shape[1] > 0 and loaded.method.memory[layer].retain == memory.retain
-        assert torch.equal(loaded.method.memory[layer].basis, memory.basis)
+    assert [memory.retain for memory in half.method.gpm.values()] == [True, after == 2]
+    for layer, memory in half.method.gpm.items():
+        assert memory.basis.shape[1] > 0 and loaded.method.gpm[layer].retain == memory.retain
+        assert torch.equal(loaded.method.gpm[layer].basis, memory.basis)
     for task in three_tasks()[after:]:
         loaded.learn(task)
     assert_same_state(loaded, whole)
@@ -227,13 +230,13 @@ def test_a_flipped_memory_survives_a_save(after: int, tmp_path: Path) -> None:
 def test_an_exhausted_complement_is_said_and_lived_with(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = new_learner(small_config("inflora"))
     learner.learn(three_tasks()[0])
-    for memory in learner.method.memory.values():
-        memory.basis, memory.retain = torch.zeros(WIDTH, 0, dtype=torch.float64), True
+    for memory in learner.method.gpm.values():
+        memory.basis, memory.retain = torch.zeros(WIDTH, 0, dtype=torch.float64), torch.tensor(1)
     before = learner.method.adapted[1].weight.clone()
     with pytest.warns(UserWarning, match="no direction is left"):
         record = learner.learn(three_tasks()[1])
     assert record.orthogonal_norm == 0.0 and torch.equal(learner.method.adapted[1].weight, before)
-    assert learner.method.memory[1].basis.shape == (WIDTH, 0)
+    assert learner.method.gpm[1].basis.shape == (WIDTH, 0)
 
 
 @pytest.mark.parametrize("lamb", [0.0, 1.5])

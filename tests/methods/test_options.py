@@ -267,7 +267,7 @@ def test_an_empty_basis_has_no_say_in_the_energy_posterior(tau: float) -> None:
     )
     for shift in (0.0, 1.0, 2.0):
         learner.learn(Patterns(["ant", "bee"], 6, shift=shift))
-    blocks = next(iter(learner.method.subspaces.values())).sizes
+    blocks = next(iter(learner.method.subspaces.values())).sizes.tolist()
     assert 0 in blocks, "the case did not come up"
     outputs = learner.outputs(three_tasks()[0])
     assert outputs.calibrated is not None and outputs.task_posterior is not None and outputs.gate is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -45,7 +46,7 @@ def opened(name: str, tasks: int = 2, depth: int = 2, **changes: Any) -> Method:
 
 def exact(method: Method) -> Method:
     """Computes its losses in fp32 on every machine; gradients of the training are gone."""
-    method.autocast = nullcontext
+    method.context = replace(method.context, autocast=nullcontext)
     method.adapters.zero_grad()
     return method
 
@@ -138,7 +139,7 @@ def test_cached_features_save_the_query_pass(name: str) -> None:
     method, images = learned(name), tiny_images(4)
     with torch.no_grad():
         expected = method.extract(images)
-    method.cache = FrozenFeatures.compute(tiny_backbone(), [images])
+    method.context = replace(method.context, cache=FrozenFeatures.compute(tiny_backbone(), [images]))
     with passes(method) as found, torch.no_grad():
         assert torch.allclose(method.extract(images), expected, atol=1e-5)
     assert len(found) == 1
@@ -148,9 +149,9 @@ def test_cached_features_save_the_query_pass(name: str) -> None:
 def test_augmented_views_are_not_looked_for(name: str) -> None:
     """Training computes its queries: no view of it is ever kept."""
     method, data = learned(name), batch(4)
-    method.cache = FrozenFeatures.compute(tiny_backbone(), [data.images])
+    method.context = replace(method.context, cache=FrozenFeatures.compute(tiny_backbone(), [data.images]))
     looked: list[Tensor] = []
-    method.cache.lookup = looked.append  # type: ignore[method-assign, assignment]
+    method.context.cache.lookup = looked.append  # type: ignore[method-assign, assignment]
     expected = method.loss(data)
     assert not looked and expected.requires_grad
 
@@ -179,7 +180,9 @@ def test_prompts_are_chosen_in_fp32_under_autocast(name: str) -> None:
         found = getattr(method, pools[name])
         pool = found if name == "l2p" else found[1]
         real = getattr(pool, calls[name])
-        method.cache = FrozenFeatures.compute(tiny_backbone(), [images])  # the same queries in both
+        method.context = replace(
+            method.context, cache=FrozenFeatures.compute(tiny_backbone(), [images])
+        )  # the same queries in both
         setattr(pool, calls[name], lambda *args: chosen[-1].append(real(*args)) or chosen[-1][-1])
         expected = method.extract(images)
         chosen.append([])
@@ -352,7 +355,7 @@ def test_coda_prompts_the_first_blocks() -> None:
     for layers, depth, expected in ((5, 2, [0, 1]), (1, 2, [0]), (5, 7, [0, 1, 2, 3, 4])):
         config = small_config("coda-prompt", layers=layers)
         method = ContinualLearner(tiny_backbone(depth=depth), config, device="cpu").method
-        assert list(method.prefixes) == list(method.backbone.plain_qkv) == expected
+        assert list(method.pools) == list(method.backbone.plain_qkv) == expected
 
 
 def test_coda_lengths_and_numbers() -> None:

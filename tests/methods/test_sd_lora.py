@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def sizes(method: SDLoRA, task: int) -> Tensor:
 
 def backward(method: SDLoRA) -> None:
     """Gradients of a step in which B is no longer zero, in fp32."""
-    method.autocast = nullcontext
+    method.context = replace(method.context, autocast=nullcontext)
     for pairs in method.pairs:
         pairs.b[-1].data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     method.adapters.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ TASKS = three_tasks()
 def started(name: str, tasks: int = 0, **changes: Any) -> ContinualLearner:
     """A learner of the first tasks that computes in fp32 everywhere."""
     learner = new_learner(small_config(name, **changes))
-    learner.method.autocast = nullcontext
+    learner.method.context = replace(learner.method.context, autocast=nullcontext)
     for task in TASKS[:tasks]:
         learner.learn(task)
     return learner
@@ -212,7 +213,7 @@ def test_rows_that_read_the_final_feature_alone_follow_it() -> None:
     """A ViT of one layer that pools its patches has nothing beside the final feature."""
     config = small_config("sldc", first_adapted_layer=0, drift="linear", learning_rate=0.05)
     learner = new_learner(config, depth=1, global_pool="avg")
-    learner.method.autocast = nullcontext
+    learner.method.context = replace(learner.method.context, autocast=nullcontext)
     learner.learn(TASKS[0])
     before, images = state_of(learner), next(loader_of(learner, TASKS[1])()).images
     x = learner.method.extract(images)

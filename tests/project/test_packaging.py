@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.process
 def test_a_wheel_holds_all_that_the_package_reads(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     build = f"import hatchling.build; hatchling.build.build_wheel({str(tmp_path)!r})"

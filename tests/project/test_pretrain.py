@@ -88,6 +88,7 @@ def test_the_default_architecture_is_the_embedded_one() -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_equals_an_uninterrupted_one(data: Path, tmp_path: Path, capsys) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert script.main([str(data), "--out", str(whole), *OPTIONS]) == 0
@@ -130,6 +131,7 @@ def test_other_options_do_not_go_on(data: Path, tmp_path: Path, capsys) -> None:
     assert "state.safetensors is no state of this script; delete it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_separable_set_is_learned(data: Path) -> None:
     changes = {"images": (160, 160), "label_smoothing": 0.0, "cutmix": 0.2, "learning_rate": 5e-3}
     training = new_training(data, **changes, ema=0.8, drop_path=0.0)

@@ -77,6 +77,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_python_block(here: Path) -> None:
     write_classes(here / "images/flowers", 0, classes=20, images=5)
     (block,) = blocks("python")
@@ -90,6 +91,8 @@ def test_python_block(here: Path) -> None:
     assert (here / "flowers/model.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classes(here / "images/pets", 0, classes=2, images=12)
     write_classes(here / "images/birds", 12, classes=2, images=12)
@@ -105,6 +108,7 @@ def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"compare.csv", "compare.md", "compare.html"} <= compared
 
 
+@pytest.mark.slow
 def test_commands_of_the_measurements(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classes(here / "IMAGES/train", 0, classes=20, images=1)
     write_classes(here / "IMAGES/val", 0, classes=20, images=1)
@@ -115,6 +119,7 @@ def test_commands_of_the_measurements(here: Path, capsys: pytest.CaptureFixture[
         assert Path(line.split("--out ")[1], "results.json").exists()
 
 
+@pytest.mark.process
 def test_the_example_of_a_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")

@@ -13,6 +13,8 @@ from duallora.runs import report, results
 from duallora.runs.protocol import run_stream
 from duallora.runtime.progress import Progress
 
+pytestmark = pytest.mark.slow
+
 TASKS = 3
 STREAM = streams.digits(tasks=TASKS, classes=6, train_per_class=30, holdout=12)
 FAST: dict[str, Any] = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3}  # few images need more steps

@@ -6,24 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_logs import make_outputs
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from duallora import metrics
-from duallora.metrics import Hits
-
-
-def make_outputs(heads, row_task, row_class, calibrated=None):
-    """Outputs with the given row probabilities (n, R), not logarithms."""
-
-    def log(p):
-        return None if p is None else torch.tensor(p).log()
-
-    return SimpleNamespace(
-        heads=log(heads),
-        calibrated=log(calibrated),
-        row_task=torch.tensor(row_task),
-        row_class=torch.tensor(row_class),
-    )
+from duallora.predictions import best, calibration_error, class_probabilities
+from duallora.runs import metrics
+from duallora.runs.metrics import Hits
 
 
 def hits(images, label, given_task=None, row=None, task=None):
@@ -105,46 +93,6 @@ def test_count_hits_by_hand():
     )
     counted = metrics.count_hits(outputs, "heads", torch.tensor([1, 1, 0, 1]), task=0)
     assert counted == Hits(images=4, label=3, given_task=3, row=1, task=2)
-    assert metrics.predicted_tasks(outputs, "heads").tolist() == [0, 1, 1, 0]
-    assert metrics.class_probabilities(outputs, "heads")[0].tolist() == pytest.approx([0.4, 0.6, 0.0])
-
-
-def test_readouts():
-    outputs = make_outputs([[0.9, 0.1]], [0, 0], [0, 1], calibrated=[[0.2, 0.8]])
-    assert metrics.readouts_of(outputs) == ("heads", "calibrated")
-    label = torch.tensor([1])
-    assert metrics.count_hits(outputs, "heads", label, 0).label == 0
-    assert metrics.count_hits(outputs, "calibrated", label, 0).label == 1
-    plain = make_outputs([[0.9, 0.1]], [0, 0], [0, 1])
-    assert metrics.readouts_of(plain) == ("heads",)
-    with pytest.raises(ValueError, match="no calibrated"):
-        metrics.log_rows(plain, "calibrated")
-    with pytest.raises(ValueError, match="unknown readout"):
-        metrics.log_rows(plain, "posterior")
-
-
-def test_calibration_error_by_hand():
-    # Bins of width 1/15: .50 and .52 share bin 7, .95 is in bin 14.
-    confidence = torch.tensor([0.50, 0.52, 0.95, 0.95])
-    correct = torch.tensor([True, False, True, True])
-    expected = 0.5 * abs(0.5 - 0.51) + 0.5 * abs(1.0 - 0.95)
-    assert metrics.calibration_error(confidence, correct) == pytest.approx(expected)
-
-
-def test_certainty_belongs_to_the_last_bin():
-    # In one bin the errors of .94 (right) and 1 (wrong) partly cancel; in two bins they would add up.
-    confidence = torch.tensor([0.94, 1.0])
-    assert metrics.calibration_error(confidence, torch.tensor([True, False])) == pytest.approx(0.47)
-
-
-def test_calibration_error_is_none_where_it_is_undefined():
-    assert metrics.calibration_error(torch.tensor([]), torch.tensor([], dtype=torch.bool)) is None
-    assert metrics.calibration_error(torch.tensor([float("nan")]), torch.tensor([True])) is None
-
-
-def test_probabilities_a_rounding_above_one_are_no_logits():
-    confidence = torch.full((4,), 1.0 + 1e-6)
-    assert metrics.calibration_error(confidence, torch.ones(4, dtype=torch.bool)) == pytest.approx(0.0)
 
 
 def test_feature_drift():
@@ -227,18 +175,19 @@ def test_hits_of_random_outputs(table, seed, n):
     if len(names) == len(table):  # every class has one row: a right class is a right row
         assert counted.label == counted.row
     torch.testing.assert_close(
-        metrics.class_probabilities(outputs, "heads").sum(1), torch.ones(n, dtype=torch.float64)
+        class_probabilities(outputs, "heads").sum(1), torch.ones(n, dtype=torch.float64)
     )
 
     order = torch.randperm(n, generator=generator)
     shuffled = SimpleNamespace(heads=scores[order], calibrated=None, row_task=row_task, row_class=row_class)
     assert metrics.count_hits(shuffled, "heads", labels[order], task) == counted
 
-    error = metrics.calibration_error(*metrics.top_class(outputs, "heads", labels))
+    confidence, found = best(class_probabilities(outputs, "heads"))
+    error = calibration_error(confidence, found == labels)
     assert error is not None and 0.0 <= error <= 1.0
     if len(names) > 1:
         reference = multiclass_calibration_error(
-            metrics.class_probabilities(outputs, "heads").clamp_max(1.0 - 1e-12),
+            class_probabilities(outputs, "heads").clamp_max(1.0 - 1e-12),
             labels,
             len(names),
             n_bins=15,

@@ -8,9 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from duallora import metrics
-from duallora.metrics import Hits
-from duallora.runs import report
+from duallora.runs import metrics, report
+from duallora.runs.metrics import Hits
 
 
 def make_results(names=("birds", "a|b"), calibrated=True):

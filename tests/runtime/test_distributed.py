@@ -1,20 +1,29 @@
-"""Two processes learn what one learns: the same command under torchrun, and started by --devices."""
+"""Two processes learn what one learns: the same command under torchrun, and started by --devices.
+
+What a single process does is done in that of the tests, and where torchrun itself is not the subject its two
+processes are forked from it: starting one takes longer than what it learns here.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from duallora import ContinualLearner
 from duallora.cli import main
+from duallora.errors import DualLoRAError
 from duallora.runtime import compute, parallel
 from duallora.runtime.compute import Compute, Machine
 from duallora.streams import load
@@ -22,22 +31,54 @@ from duallora.streams import load
 RUN = ["run", "--stream", "digits", "--device", "cpu", "--precision", "32"]
 FOUR = ["--classes", "4", "--train-per-class", "21"]  # 84 images: no multiple of a batch of 32
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+FORK = multiprocessing.get_context("fork")
 
 
-def duallora(
-    *words: str, before: tuple[str, ...] = (), entry: tuple[str, ...] = ("-m", "duallora")
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *before, *entry, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process, and in those forked from it, time a few images only and draw nothing."""
+    monkeypatch.setattr("duallora.runs.results._SPEED_IMAGES", 4)
+    monkeypatch.setattr("duallora.runs.results._SPEED_REPEATS", 1)
+    monkeypatch.setattr("duallora.runs.report.accuracy_plot", lambda _: b"a plot")
 
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+def duallora(*words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *before, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+
+
 def torchrun(*words: str, entry: tuple[str, ...] = ("-m", "duallora")) -> subprocess.CompletedProcess[str]:
-    return duallora(*words, before=TORCHRUN, entry=entry)
+    return duallora(*entry, *words, before=TORCHRUN)
+
+
+def forked(target: Callable[..., object], *given: object) -> None:
+    """Calls ``target`` in two processes with the environment that torchrun gives its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+
+    def one(rank: int) -> None:
+        os.environ.update(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        sys.exit(target(*given))  # type: ignore[arg-type]
+
+    processes = [FORK.Process(target=one, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(1800)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def finished(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -53,11 +94,12 @@ def same_logits(one: Path, two: Path, classes: int) -> float:
     return max(float((a - b).abs().max()) for a, b in kinds)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["duallora", "inflora", "sldc", "coda-prompt"])
 def test_one_task_of_two_epochs_is_that_of_one_process(tmp_path: Path, method: str) -> None:
     words = [*RUN, *FOUR, "--tasks", "1", "--epochs", "2", "--method", method]
-    finished(duallora(*words, "--out", str(tmp_path / "one")))
-    finished(torchrun(*words, "--out", str(tmp_path / "two")))
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    forked(main, [*words, "--out", str(tmp_path / "two")])
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
     assert same_logits(tmp_path / "one", tmp_path / "two", 4) < 1e-3
@@ -66,9 +108,21 @@ def test_one_task_of_two_epochs_is_that_of_one_process(tmp_path: Path, method: s
     assert one["final_accuracy"] > 0.4  # of four classes: what was learned is not nothing
 
 
+QUICK = """
+import sys
+from duallora.cli import main
+from duallora.runs import results
+
+results._SPEED_IMAGES, results._SPEED_REPEATS = 4, 1
+sys.exit(main())
+"""
+
+
+@pytest.mark.process
 def test_the_whole_digits_run_is_that_of_one_process(tmp_path: Path) -> None:
-    finished(duallora(*RUN, "--out", str(tmp_path / "one")))
-    finished(torchrun(*RUN, "--out", str(tmp_path / "two")))
+    assert main([*RUN, "--out", str(tmp_path / "one")]) == 0
+    (tmp_path / "quick.py").write_text(QUICK)
+    finished(torchrun(*RUN, "--out", str(tmp_path / "two"), entry=(str(tmp_path / "quick.py"),)))
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
         for x, y in zip(a, b, strict=True):
@@ -96,10 +150,13 @@ sys.exit(main())
 """
 
 
-def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_an_interrupted_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*RUN, *FOUR, "--tasks", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
     whole = [*words[:-1], str(tmp_path / "whole")]
-    finished(duallora(*whole))
+    assert main(whole) == 0
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     started = subprocess.Popen(
@@ -115,24 +172,25 @@ def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path: P
     started.terminate()
     started.wait(timeout=300)
     assert model.exists() and not (tmp_path / "run" / "results.json").exists()
-    done = finished(duallora(*words))
-    assert "resuming after task" in done.stderr
+    assert main(words) == 0
+    assert "resuming after task" in capsys.readouterr().err
     assert results(tmp_path / "run")["environment"]["processes"] == 1
     one, two = (results(tmp_path / name)["accuracy_matrix"] for name in ("whole", "run"))
     assert all(abs(a - b) < 0.03 for a, b in zip(one[1], two[1], strict=True))
 
 
-def test_devices_start_the_processes_themselves(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_devices_start_the_processes_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*RUN, *FOUR, "--tasks", "2", "--epochs", "1", "--devices", "2", "--out", str(tmp_path / "run")]
-    done = finished(duallora(*words))
+    done = finished(duallora("-m", "duallora", *words))
     assert results(tmp_path / "run")["environment"]["processes"] == 2
     assert done.stdout.count("report:") == 1  # only the first process speaks
     assert done.stderr.count("after task 1 of 2") == 1
-    again = duallora(*words)
-    assert again.returncode == 2
-    assert "holds a finished run" in again.stderr
+    assert main(words) == 2
+    assert "holds a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_task_with_fewer_images_than_processes_is_refused(tmp_path: Path) -> None:
     words = [*RUN, "--classes", "2", "--tasks", "2", "--train-per-class", "1", "--out", str(tmp_path / "run")]
     done = torchrun(*words)
@@ -140,10 +198,11 @@ def test_a_task_with_fewer_images_than_processes_is_refused(tmp_path: Path) -> N
     assert "task 1 has 1 images for 2 processes; run it with fewer devices." in done.stderr
 
 
+@pytest.mark.slow
 def test_every_optimiser_step_sums_the_pieces_of_a_batch(tmp_path: Path) -> None:
     words = [*RUN, *FOUR, "--tasks", "1", "--epochs", "2"]
-    finished(duallora(*words, "--out", str(tmp_path / "one")))
-    finished(duallora(*words, "--accumulate", "3", "--out", str(tmp_path / "pieces")))
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    assert main([*words, "--accumulate", "3", "--out", str(tmp_path / "pieces")]) == 0
     assert same_logits(tmp_path / "one", tmp_path / "pieces", 4) < 1e-3
 
 
@@ -161,6 +220,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.process
 def test_what_the_first_process_refuses_ends_all_with_its_sentence(tmp_path: Path) -> None:
     script, said = tmp_path / "saying.py", tmp_path / "said"
     script.write_text(SAYING)
@@ -174,43 +234,34 @@ def test_what_the_first_process_refuses_ends_all_with_its_sentence(tmp_path: Pat
     assert "internal error" not in done.stderr
 
 
-TOGETHER = """
-import sys, time
-from pathlib import Path
-from torch import distributed
-from duallora.runtime import parallel
-from duallora.errors import DualLoRAError
+def take_turns(folder: Path) -> None:
+    """What each of two processes does and writes down."""
+    distributed.init_process_group("gloo")
+    rank = parallel.rank()
 
-folder = Path(sys.argv[1])
-distributed.init_process_group("gloo")
-rank = parallel.rank()
+    def fetch() -> bool:
+        there = (folder / "fetched").exists()
+        if not there:
+            time.sleep(1)
+            (folder / "fetched").touch()
+        return there
 
-def fetch():
-    there = (folder / "fetched").exists()
-    if not there:
-        time.sleep(1)
-        (folder / "fetched").touch()
-    return there
-
-said = [str(parallel.first_alone(fetch))]
-for failing in ((0,), (1,), (0, 1)):
-    try:
-        with parallel.failing_together():
-            if rank in failing:
-                raise DualLoRAError(f"{rank} cannot: größer")
-        said.append("went on")
-    except DualLoRAError as error:
-        said.append(str(error))
-(folder / str(rank)).write_text("; ".join(said), encoding="utf-8")
-parallel.leave()
-"""
+    said = [str(parallel.first_alone(fetch))]
+    for failing in ((0,), (1,), (0, 1)):
+        try:
+            with parallel.failing_together():
+                if rank in failing:
+                    raise DualLoRAError(f"{rank} cannot: größer")
+            said.append("went on")
+        except DualLoRAError as error:
+            said.append(str(error))
+    (folder / str(rank)).write_text("; ".join(said), encoding="utf-8")
+    parallel.leave()
 
 
+@pytest.mark.process
 def test_processes_take_turns_and_fail_together(tmp_path: Path) -> None:
-    script = tmp_path / "together.py"
-    script.write_text(TOGETHER, encoding="utf-8")
-    command = [sys.executable, *TORCHRUN, str(script), str(tmp_path)]
-    finished(subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800))
+    forked(take_turns, tmp_path)
     said = [(tmp_path / str(rank)).read_text(encoding="utf-8").split("; ") for rank in (0, 1)]
     sentences = ["0 cannot: größer", "1 cannot: größer", "0 cannot: größer"]
     assert said == [["False", *sentences], ["True", *sentences]]

@@ -20,9 +20,9 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 import httpx
 import safetensors.torch
 import torch
-from command_line import Call, assert_refused, caller, images, use_tiny_backbone
+from command_line import Call, assert_refused, images
 from PIL import Image
-from serving_tools import picture, running
+from serving_tools import picture, running, until
 from small_tasks import new_learner, small_config, three_tasks
 from starlette.testclient import TestClient
 from tiny import tiny_backbone
@@ -33,12 +33,6 @@ from duallora.serving.app import create_app
 from duallora.serving.limits import Limits
 from duallora.serving.model_watch import ModelWatch, ServedModel
 from duallora.storage import checkpoint
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    use_tiny_backbone(monkeypatch)
-    return caller(capsys)
 
 
 @pytest.fixture
@@ -218,30 +212,21 @@ def test_no_request_is_lost_while_generations_change(call: Call, model: Path) ->
         for each in clients:
             each.start()
         first = watch.current.generation
-        _until(lambda: first in generations)
+        until(lambda: first in generations)
         for change in (lambda: learn_more(model), lambda: checkpoint.undo(model), lambda: learn_more(model)):
             change()
             wanted = checkpoint.read_manifest(model)["weights"]
-            _until(lambda wanted=wanted: watch.current.generation == wanted)
+            until(lambda wanted=wanted: watch.current.generation == wanted)
         broken_generation(model)
-        _until(lambda: watch.refused is not None)
+        until(lambda: watch.refused is not None)
         before = answered[0]
-        _until(lambda: answered[0] > before + 8)
+        until(lambda: answered[0] > before + 8)
         stop.set()
         for each in clients:
             each.join(300)
         assert lost == []
         assert generations == {first, watch.current.generation}
         assert watch.taken == 3
-
-
-def _until(condition: object, seconds: float = 300) -> None:
-    end = threading.Event()
-    for _ in range(int(seconds / 0.02)):
-        if condition():  # type: ignore[operator]
-            return
-        end.wait(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 def test_an_old_generation_is_let_go(call: Call, model: Path) -> None:
@@ -266,9 +251,6 @@ def test_what_cannot_be_served(call: Call, tmp_path: Path) -> None:
     new_learner(small_config()).save(tmp_path / "empty")
     with pytest.raises(DualLoRAError, match="learned nothing"):
         ModelWatch(tmp_path / "empty", "cpu")
-
-
-# -- the command --------------------------------------------------------------------------------------------
 
 
 def test_the_command_refuses_what_it_cannot_do(
@@ -316,6 +298,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
         process.communicate()
 
 
+@pytest.mark.process
 def test_the_command_serves_until_it_is_stopped(served: tuple[str, subprocess.Popen[str], Path]) -> None:
     import signal
 
@@ -331,7 +314,7 @@ def test_the_command_serves_until_it_is_stopped(served: tuple[str, subprocess.Po
         learner.learn(three_tasks()[1])
         learner.save(folder)
         wanted = checkpoint.read_manifest(folder)["weights"]
-        _until(lambda: client.get("/health").json()["generation"] == wanted)
+        until(lambda: client.get("/health").json()["generation"] == wanted)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130

@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def assert_clean(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == named | {"model.json", ".lock"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_a_fault_at_every_file_operation_of_a_save(
     kind: faults.Kind, generations: tuple[ContinualLearner, ContinualLearner], tmp_path: Path
@@ -128,6 +129,7 @@ def test_a_save_can_be_repeated_where_the_learner_came_from(kind: faults.Kind, t
     assert not refused, refused
 
 
+@pytest.mark.process
 def test_real_kills_of_a_process_that_saves(
     generations: tuple[ContinualLearner, ContinualLearner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +193,7 @@ def tasks_of(folder: Path) -> list[str]:
     return [task.name for task in learner.tasks]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_everywhere")
 @pytest.mark.parametrize("kind", ["full", "interrupt_after", "crash", "reorder"])
 def test_a_fault_at_every_file_operation_of_a_lesson(kind: faults.Kind, tmp_path: Path) -> None:
@@ -231,22 +234,19 @@ def comparable(value: Any) -> Any:
     return [comparable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-# The run waits to be killed before its next task: whoever kills it may be late.
-COMMAND = """
-import sys, time
-from duallora import ContinualLearner
-from duallora.cli import main
+def run_until(tasks: int, out: Path) -> None:
+    """The run, which waits to be killed before its next task: whoever kills it may be late."""
+    learn = ContinualLearner.learn
 
-learn, tasks = ContinualLearner.learn, int(sys.argv.pop(1))
+    def waiting(learner: ContinualLearner, *given: Any, **named: Any) -> Any:
+        if len(learner.tasks) == tasks:
+            time.sleep(600)
+        return learn(learner, *given, **named)
 
-def waiting(learner, *given, **named):
-    if len(learner.tasks) == tasks:
-        time.sleep(600)
-    return learn(learner, *given, **named)
+    ContinualLearner.learn = waiting  # type: ignore[method-assign]  # of the forked process
+    sys.exit(run_command(*RUN, "--out", out))
 
-ContinualLearner.learn = waiting
-sys.exit(main())
-"""
+
 RUN = [
     *("run", "--stream", "digits", "--tasks", "3", "--classes", "6", "--train-per-class", "4"),
     *("--holdout", "3", "--method.epochs", "1", "--method.batch_size", "8", "--device", "cpu"),
@@ -260,13 +260,14 @@ def learned_tasks(out: Path) -> int:
         return 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
     end = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, "the run ended before it could be killed"
+        assert process.is_alive() and time.monotonic() < end, "the run ended before it could be killed"
         time.sleep(0.002)
 
 
+@pytest.mark.process
 def test_real_kills_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command on the embedded backbone, killed after its first and after its second task."""
     monkeypatch.setattr(results, "_SPEED_IMAGES", 4)
@@ -274,20 +275,15 @@ def test_real_kills_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run_command(*RUN, "--out", tmp_path / "whole") == 0
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())
     killed = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for tasks in (1, 2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, str(tasks), *RUN, "--out", str(killed)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = FORK.Process(target=run_until, args=(tasks, killed))
+        process.start()
         try:
             wait_for(lambda tasks=tasks: learned_tasks(killed) == tasks, process)
         finally:
             process.kill()
-            process.wait()
-        assert process.returncode == -signal.SIGKILL
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (killed / "results.json").exists()
         assert len(ContinualLearner.load(killed / "model").tasks) == tasks
     assert run_command(*RUN, "--out", killed) == 0

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from duallora.adapters.subspace import DESIGNED_SCALE, rank_floor, top_eigenvectors
 from duallora.runtime import parallel
+from duallora.storage.learned import Learned
 
 
-class DualGPM:
+class DualGPM(Learned):
     """The directions that earlier tasks use, or those that they leave, whichever are fewer.
 
     ``M`` (d x m, orthonormal, fp64) spans the used directions while m <= d/2 (the released "remove"); then it
@@ -23,8 +24,11 @@ class DualGPM:
     """
 
     def __init__(self, dim: int) -> None:
-        self.basis = torch.zeros(dim, 0, dtype=torch.float64)
-        self.retain = False
+        super().__init__()
+        self.basis: Tensor
+        self.register_buffer("basis", torch.zeros(dim, 0, dtype=torch.float64))
+        self.retain: Tensor  # whether the basis is that of the complement, 0 or 1
+        self.register_buffer("retain", torch.tensor(0))
 
     @property
     def complement(self) -> Tensor:
@@ -55,7 +59,7 @@ class DualGPM:
         ``|S|_F^2 - |R|_F^2``; the directions are the left singular vectors of R by falling singular value.
         """
         basis, retain = parallel.once(lambda: self._grown(moment, share))
-        self.basis, self.retain = basis.contiguous(), bool(retain)
+        self.basis, self.retain = basis.contiguous(), retain.long()
 
     def _grown(self, moment: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The new basis, and whether it is that of the complement."""
@@ -65,7 +69,7 @@ class DualGPM:
         vectors, energy = vectors[:, :usable], values[:usable].square()
         total, known = moment.square().sum(), moment.square().sum() - residual.square().sum()
         if known >= share * total:
-            return self.basis, torch.tensor(self.retain)
+            return self.basis, self.retain
         needed = int((known + energy.cumsum(0) < share * total).sum()) + 1
         new = vectors[:, :needed]
         if self.retain:

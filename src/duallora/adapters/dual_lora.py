@@ -8,12 +8,16 @@ share one second moment and therefore one A, one Psi and one Phi: ``"kv"`` with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from duallora.adapters.wrapped_qkv import WrappedQKV
+from duallora.storage.learned import CPU, Groups, Learned
 
 # Beyond this many stacked residual directions the selected ones are gathered per image instead.
 STACKED_LIMIT = 100
@@ -31,28 +35,69 @@ class Residual:
     c: Tensor
 
 
-class DualAdapter(nn.Module):
+class Factors(Groups):
+    """Merged ``A_j`` (d x r) and ``B_j`` (r x out), one pair a task, so long as they are apart.
+
+    Args:
+        device: of loaded ones.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"tasks"})
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__("a", "b", device=device)
+        self.tasks: Tensor | None  # the task of each pair; -1 where a model saved earlier does not say
+        self.register_buffer("tasks", None)
+
+    def replace(self, pairs: Sequence[tuple[Tensor, Tensor]], tasks: Sequence[int]) -> None:
+        """These pairs instead of those before."""
+        self.clear()
+        for i, (a, b) in enumerate(pairs):
+            self.put(i, a, b)
+        self.tasks = torch.tensor(tasks) if len(tasks) else None
+
+
+class DualAdapter(Learned):
     """Orthogonal and residual adapters of one group of projections.
 
     Args:
         dim: d, width of the layer's input.
         out: columns written, ``d`` per projection of the group.
+        device: of what is loaded.
     """
 
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
+    optional: ClassVar[frozenset[str]] = frozenset({"dense"})
+
+    def __init__(self, dim: int, out: int, device: torch.device = CPU) -> None:
+        super().__init__(device)
         self.dim, self.out = dim, out
         self.a: nn.Parameter | None = None  # A_t (d x r): fixed unless the update is projected
         self.b: nn.Parameter | None = None  # B_t (r x out)
-        self.factors: list[tuple[Tensor, Tensor]] = []  # merged A_j, B_j
-        self.owners: list[int] = []  # the task of each; -1 where a model saved earlier does not say
-        self.dense: Tensor | None = None  # their sum (d x out, fp32), once the factors would be larger
+        self.orthogonal = Factors(device)
+        self.dense: Tensor | None  # their sum (d x out, fp32), once the factors would be larger
+        self.register_buffer("dense", None)
+        self.residual = Groups("psi", "c", device=device)  # of the finished tasks, by task
         self.psi: Tensor | None = None  # Psi_t
         self.c: nn.Parameter | None = None  # C_t
         self.current = -1
-        self.residuals: list[Residual] = []
         self._stack: _Stack | None = None  # of the finished tasks
         self._open: _Stack | None = None  # the same with Psi_t beside, while a task is trained
+
+    @property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Merged ``A_j`` and ``B_j`` that are not summed up yet."""
+        return [(a, b) for _, (a, b) in self.orthogonal.groups()]
+
+    @property
+    def owners(self) -> list[int]:
+        """The task of each of the factors; -1 where a model saved earlier does not say."""
+        tasks = self.orthogonal.tasks
+        return [-1] * len(self.orthogonal.groups()) if tasks is None else tasks.tolist()
+
+    @property
+    def residuals(self) -> list[Residual]:
+        """Residual adapters of the finished tasks."""
+        return [Residual(task, psi, c) for task, (psi, c) in self.residual.groups()]
 
     def begin(self, task: int, a: Tensor, psi: Tensor, train_a: bool = False) -> None:
         """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); empty ones are left out.
@@ -78,12 +123,13 @@ class DualAdapter(nn.Module):
     def merge(self) -> None:
         """Ends the task: ``A_t B_t`` joins ``dW``, ``C_t`` is frozen beside the earlier ones."""
         if self.a is not None and self.b is not None:
-            self.factors.append((self.a.detach().clone(), self.b.detach().clone()))
-            self.owners.append(self.current)
+            new = (self.a.detach().clone(), self.b.detach().clone())
+            self.orthogonal.replace([*self.factors, new], [*self.owners, self.current])
             if self.dense is not None or 2 * sum(a.shape[1] for a, _ in self.factors) >= self.dim:
-                self.dense, self.factors, self.owners = self.delta_weight(), [], []
+                self.dense = self.delta_weight()
+                self.orthogonal.replace([], [])
         if self.psi is not None and self.c is not None:
-            self.residuals.append(Residual(self.current, self.psi, self.c.detach().clone()))
+            self.residual.put(self.current, self.psi, self.c.detach().clone())
         self.a = self.b = self.psi = self.c = self._open = None
         self.restack()
 
@@ -98,16 +144,17 @@ class DualAdapter(nn.Module):
 
     def forget(self, task: int) -> None:
         """Loses the residual adapter of ``task``, and its factors where they are not summed up yet."""
-        kept = [i for i, owner in enumerate(self.owners) if owner != task]
-        self.factors, self.owners = [self.factors[i] for i in kept], [self.owners[i] for i in kept]
-        self.residuals = [part for part in self.residuals if part.task != task]
+        factors, owners = self.factors, self.owners
+        kept = [i for i, owner in enumerate(owners) if owner != task]
+        self.orthogonal.replace([factors[i] for i in kept], [owners[i] for i in kept])
+        self.residual.discard(task)
         self.restack()
 
-    def orthogonal(self, x: Tensor) -> Factors | None:
+    def orthogonal_product(self, x: Tensor) -> Product | None:
         """The update in training, ``(x A_t) B_t`` (B, N, out), its last product not yet made."""
         return None if self.a is None or self.b is None else (x @ self.a, self.b)
 
-    def residual(self, x: Tensor, weights: Tensor, selected: int) -> Factors | None:
+    def residual_product(self, x: Tensor, weights: Tensor, selected: int) -> Product | None:
         """``sum_j w_j (x Psi_j) C_j`` (B, N, out) for ``weights`` (B, T), its last product not yet made.
 
         Args:
@@ -128,38 +175,34 @@ class DualAdapter(nn.Module):
 
     def restack(self) -> None:
         """Lays the frozen residual adapters side by side once, so that inference concatenates nothing."""
-        self._stack = _stack(self.residuals) if self.residuals else None
+        parts = self.residuals
+        self._stack = _stack(parts) if parts else None
 
-    def state(self) -> dict[str, Tensor]:
-        """What the finished tasks left here: factors or their sum, residual bases and their ``C_j``."""
-        tensors = {} if self.dense is None else {"dense": self.dense}
-        for i, (a, b) in enumerate(self.factors):
-            tensors |= {f"orthogonal.{i}.a": a, f"orthogonal.{i}.b": b}
-        if self.owners:
-            tensors["orthogonal.tasks"] = torch.tensor(self.owners)
-        for part in self.residuals:
-            tensors |= {f"residual.{part.task}.psi": part.psi, f"residual.{part.task}.c": part.c}
-        return tensors
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave; tensors are already on the right device."""
-        self.dense = tensors.get("dense")
-        count = sum(name.startswith("orthogonal.") and name.endswith(".a") for name in tensors)
-        self.factors = [(tensors[f"orthogonal.{i}.a"], tensors[f"orthogonal.{i}.b"]) for i in range(count)]
-        owners = tensors.get("orthogonal.tasks")
-        self.owners = [-1] * count if owners is None else owners.tolist()
-        tasks = sorted(
-            int(name.split(".")[1])
-            for name in tensors
-            if name.startswith("residual.") and name.endswith(".c")
-        )
-        self.residuals = [
-            Residual(t, tensors[f"residual.{t}.psi"], tensors[f"residual.{t}.c"]) for t in tasks
-        ]
+    def refresh(self) -> None:
+        """Lays out what was loaded."""
+        self.orthogonal.replace(self.factors, self.owners)
         self.restack()
 
 
-Factors = tuple[Tensor, Tensor]
+def saved_ranks(tensors: Mapping[str, Tensor]) -> tuple[int, list[int]]:
+    """Ranks of a saved :class:`DualAdapter`: of the merged update, and of each residual adapter by task."""
+    dense = tensors.get("dense")
+    if dense is None:
+        merged = [x.shape[1] for name, x in tensors.items() if name.endswith(".a")]
+        rank = sum(merged)
+    else:
+        rank = int(torch.linalg.matrix_rank(dense.double()))
+    residual = {int(name.split(".")[1]): x.shape[1] for name, x in tensors.items() if name.endswith(".psi")}
+    return rank, [residual[task] for task in sorted(residual)]
+
+
+def part_of_place(name: str) -> str:
+    """The part of the model that a saved tensor of a place belongs to, by its name there."""
+    part = name.split(".")[0]
+    return "residual" if part == "residual" else "orthogonal" if part in ("orthogonal", "dense") else "bases"
+
+
+Product = tuple[Tensor, Tensor]
 """An update as a product that is not made yet: (B, N, K) and (K, out) or, for each image, (B, K, out)."""
 
 
@@ -197,7 +240,7 @@ def _by_task(c: Tensor, ranks: list[int]) -> Tensor:
     return torch.stack([F.pad(p, (0, 0, 0, rank - p.shape[0])) for p in c.split(ranks, 0)])
 
 
-def _gathered(x: Tensor, weights: Tensor, stack: _Stack, c: Tensor, selected: int) -> Factors:
+def _gathered(x: Tensor, weights: Tensor, stack: _Stack, c: Tensor, selected: int) -> Product:
     """The same sum over each image's ``selected`` tasks alone: its cost grows with what is used."""
     psi = _bases(stack.psi, stack.ranks) if stack.bases is None else stack.bases
     c = _by_task(c, stack.ranks)
@@ -208,8 +251,8 @@ def _gathered(x: Tensor, weights: Tensor, stack: _Stack, c: Tensor, selected: in
     return torch.bmm(x, psi), c
 
 
-class AdaptedQKV(nn.Module):
-    """A fused qkv ``nn.Linear`` with the adapters beside it; the wrapped weight itself is never changed.
+class AdaptedQKV(WrappedQKV):
+    """A fused qkv ``nn.Linear`` with the adapters beside it.
 
     Args:
         base: the frozen projection, ``d -> 3 d_out`` in the order q, k, v.
@@ -218,49 +261,17 @@ class AdaptedQKV(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, groups: Sequence[str], selected: int = 4) -> None:
-        super().__init__()
-        self.base = base
-        self.dim = base.in_features
-        self.width = base.out_features // 3
+        super().__init__(base, groups)
         self.selected = selected
         self.groups: dict[str, DualAdapter] = {}
         for name in groups:
-            self.groups[name] = DualAdapter(self.dim, len(name) * self.width)
+            self.groups[name] = DualAdapter(self.dim, len(name) * self.width, base.weight.device)
             self.add_module(f"group_{name}", self.groups[name])
-        self._written = {name: adjacent(self.slices(name)) for name in groups}
         self.gate: Gate | None = None
-        self.effective: Tensor | None = None  # cast(W_0 + dW), cast once after each merge
-
-    @property
-    def weight(self) -> Tensor:
-        """Effective weight of the linear part (3 d_out x d), as ``nn.Linear`` stores it."""
-        return self.base.weight if self.effective is None else self.effective
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias of the wrapped projection."""
-        return self.base.bias
-
-    def slices(self, group: str) -> list[slice]:
-        """Output columns of each projection in a group."""
-        return [slice("qkv".index(p) * self.width, ("qkv".index(p) + 1) * self.width) for p in group]
-
-    def frozen_weight(self, group: str) -> Tensor:
-        """``W_0`` of a group's projections (d x out)."""
-        return torch.cat([self.base.weight.detach()[s] for s in self.slices(group)], 0).T
 
     def refresh(self) -> None:
-        """Recomputes the effective weight from ``W_0`` and ``dW``; call after a merge, a load or a move."""
-        updates = {name: adapter.delta_weight() for name, adapter in self.groups.items()}
-        if all(update is None for update in updates.values()):
-            self.effective = None
-            return
-        weight = self.base.weight.detach().float().clone()
-        for name, update in updates.items():
-            if update is not None:
-                for part, columns in zip(update.split(self.width, 1), self.slices(name), strict=True):
-                    weight[columns] += part.T
-        self.effective = weight.to(self.base.weight.dtype)
+        """Recomputes the effective weight from ``W_0`` and ``dW``; call after a merge or a load."""
+        self.merge_updates({name: adapter.delta_weight() for name, adapter in self.groups.items()})
 
     def merge(self) -> None:
         """Ends the task in every group and refreshes the effective weight."""
@@ -277,57 +288,12 @@ class AdaptedQKV(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, 3 d_out)."""
         weights = None if self.gate is None else self.gate(x)
-        y = F.linear(x, self.weight, self.base.bias)
+        y = self.linear(x)
         for name, adapter in self.groups.items():
-            found = [adapter.orthogonal(x)]
+            products = [adapter.orthogonal_product(x)]
             if weights is not None:
-                found.append(adapter.residual(x, weights, self.selected))
-            for factors in found:
-                if factors is not None:
-                    _add_product(y, *factors, self._written[name])
+                products.append(adapter.residual_product(x, weights, self.selected))
+            for product in products:
+                if product is not None:
+                    self.add_product(y, name, *product)
         return y
-
-
-def _add_product(y: Tensor, h: Tensor, c: Tensor, pieces: Sequence[slice]) -> None:
-    """Adds ``h c`` (B, N, out) to the columns of ``y`` (B, N, 3 d_out) that the pieces name, in order.
-
-    The product goes where it belongs, without a tensor of its own; in place as :func:`add_columns`.
-
-    Args:
-        y: what is added to, contiguous.
-        h: (B, N, K).
-        c: (K, out), or for each image (B, K, out).
-        pieces: columns of y.
-    """
-    h, start = h.to(y.dtype), 0
-    for columns in pieces:
-        width = columns.stop - columns.start
-        part = c[..., start : start + width].to(y.dtype)  # autocast leaves products in place alone
-        if c.dim() == 2:
-            y.view(-1, y.shape[2])[:, columns].addmm_(h.reshape(-1, h.shape[2]), part)
-        else:
-            y[..., columns].baddbmm_(h, part)
-        start += width
-
-
-def adjacent(slices: Sequence[slice]) -> list[slice]:
-    """The same columns in as few pieces as their order allows: k and v are one piece."""
-    joined: list[slice] = []
-    for each in slices:
-        if joined and joined[-1].stop == each.start:
-            joined[-1] = slice(joined[-1].start, each.stop)
-        else:
-            joined.append(each)
-    return joined
-
-
-def add_columns(y: Tensor, update: Tensor, pieces: Sequence[slice]) -> None:
-    """Adds an update (B, N, out) to the columns of ``y`` (B, N, 3 d_out) that the pieces name, in order.
-
-    In place: y is fresh from a product and no gradient needs its old value.
-    """
-    start = 0
-    for columns in pieces:
-        width = columns.stop - columns.start
-        y[..., columns].add_(update[..., start : start + width])
-        start += width

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duallora.adapters.moments import TokenReader
+from duallora.adapters.per_pass import PerPass
 from duallora.adapters.subspace import Subspace
-from duallora.classifiers.class_statistics import ClassMoments, Own, RowMemory, best_kappa
+from duallora.classifiers.calibration import best_kappa
+from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
+from duallora.classifiers.gaussian import Own
+from duallora.storage.learned import ByTask, Learned
 
 ENERGY_KAPPAS = torch.logspace(-0.3010299956639812, 1.6989700043360187, 20, dtype=torch.float64)  # .5 to 50
 
 
-class EnergyMemory:
+class EnergyMemory(Learned):
     """Relevance by energy in the tasks' bases (paper-like).
 
     ``e_j = |f N_j|^2 / |f|^2`` over its mean on the task's own images.
@@ -26,40 +31,52 @@ class EnergyMemory:
     """
 
     def __init__(self, subspace: Subspace, device: torch.device) -> None:
-        self.subspace, self.device = subspace, device
-        self.means: list[float] = []
-        self.losses: dict[int, Tensor] = {}
+        super().__init__(device)
+        self._of = (subspace,)  # as an attribute of its own it would be saved here too
+        self.means: Tensor  # mean energy of each task's own images; infinite where it is forgotten
+        self.register_buffer("means", torch.zeros(0, dtype=torch.float64))
+        self.fit = ByTask()  # loss of every kappa
         self._blocks: list[Tensor] = []
-        # Temperature of the posterior: smallest loss summed over tasks, the largest among equals.
-        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+        self._update()
+
+    @property
+    def subspace(self) -> Subspace:
+        """Where the tasks' bases are."""
+        return self._of[0]
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """Loss of every kappa on each task's images."""
+        return dict(self.fit.items())
 
     def replace(self, task: int, block: Tensor, f0: Tensor) -> None:
         """Sets the basis of ``task`` (d x m) and its mean energy on the task's own features f0 (n, d)."""
         self._blocks = [*self._blocks[:task], block.float().to(self.device)]
-        self.means = [*self.means[:task], max(float(self._shares(f0)[:, task].mean()), 1e-12)]
-        self._refresh()
+        mean = max(float(self._shares(f0)[:, task].mean()), 1e-12)
+        self.means = torch.cat([self.means[:task], torch.tensor([mean], dtype=torch.float64)])
+        self._update()
 
-    def fit(self, task: int, f0: Tensor) -> None:
+    def fit_temperature(self, task: int, f0: Tensor) -> None:
         """Stores the loss of every kappa on the task's images (n, d) against the bases that exist now."""
         log_energy = self._log_energy(f0).cpu().double()
         if not bool(torch.isfinite(log_energy[:, task]).all()):
-            self.losses.pop(task, None)  # an empty basis has no posterior, whatever the pass before found
+            self.fit.discard(task)  # an empty basis has no posterior, whatever the pass before found
         else:
-            self.losses[task] = torch.stack(
+            self.fit[task] = torch.stack(
                 [-(k * log_energy).log_softmax(1)[:, task].sum() for k in ENERGY_KAPPAS.tolist()]
             )
-        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
+        self._update()
 
     def forget(self, task: int) -> None:
         """Loses losses and mean of ``task``: against an infinite mean no image has energy in its basis.
 
         The basis itself is a part of ``Phi``, which stays; here it counts as empty.
         """
-        self.losses.pop(task, None)
+        self.fit.discard(task)
+        self.means = self.means.clone()
         self.means[task] = float("inf")
         self._blocks[task] = self._blocks[task][:, :0]
-        self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
-        self._refresh()
+        self._update()
 
     def energies(self, f: Tensor) -> Tensor:
         """Relative energies ``e`` (n, T); 0 for a task without a basis."""
@@ -72,24 +89,19 @@ class EnergyMemory:
             return torch.zeros_like(log_energy).log_softmax(1)
         return (self.kappa * log_energy).log_softmax(1)
 
-    def state(self) -> dict[str, Tensor]:
-        """Mean energies and kappa losses; the bases themselves belong to the subspace."""
-        return {"means": torch.tensor(self.means, dtype=torch.float64)} | {
-            f"fit.{t}": x for t, x in self.losses.items()
-        }
+    def refresh(self) -> None:
+        """Takes the blocks of the subspace, which is loaded before."""
+        means = self.means.tolist()
+        blocks = [self.subspace.block(task).float().to(self.device) for task in range(len(means))]
+        self._blocks = [b if m < float("inf") else b[:, :0] for b, m in zip(blocks, means, strict=True)]
+        self._update()
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave; the subspace is restored before."""
-        self.means = tensors["means"].tolist()
-        self.losses = {int(n.split(".")[1]): x.cpu() for n, x in tensors.items() if n.startswith("fit.")}
-        blocks = [self.subspace.block(task).float().to(self.device) for task in range(len(self.means))]
-        self._blocks = [b if m < float("inf") else b[:, :0] for b, m in zip(blocks, self.means, strict=True)]
+    def _update(self) -> None:
+        # Temperature of the posterior: smallest loss summed over tasks, the largest among equals.
         self.kappa = best_kappa(ENERGY_KAPPAS, self.losses)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self._means = torch.tensor(self.means, device=self.device)
-        self._empty = torch.tensor([block.shape[1] == 0 for block in self._blocks], device=self.device)
+        self._means = self.means.float().to(self.device)
+        empty = [block.shape[1] == 0 for block in self._blocks]
+        self._empty = torch.tensor(empty, dtype=torch.bool, device=self.device)
 
     def _shares(self, f: Tensor) -> Tensor:
         f = f[:, : len(self.subspace.phi)].float()  # the class token's part: only that lies in these bases
@@ -100,7 +112,7 @@ class EnergyMemory:
         return self.energies(f).clamp(min=1e-20).log().masked_fill(self._empty, -torch.inf)
 
 
-class GatePoint:
+class GatePoint(nn.Module):
     """One place where the gate reads a feature and says how much every task concerns the image.
 
     Args:
@@ -111,18 +123,21 @@ class GatePoint:
     """
 
     def __init__(self, dim: int, device: torch.device, top_tasks: int, energy: EnergyMemory | None) -> None:
-        self.rows = RowMemory(dim, device)
-        self.top_tasks, self.energy = top_tasks, energy
+        super().__init__()
+        self.rows = ClassStatistics(dim, device)
+        self.top_tasks = top_tasks
+        self.energy: EnergyMemory | None
+        self.register_module("energy", energy)
         self.f0 = torch.zeros(0, dim)  # features of the current task's images in the latest pass
 
-    def observe(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
+    def learn(self, task: int, f0: Tensor, labels: Tensor, classes: int, block: Tensor | None) -> None:
         """Takes the features f0 (n, d) of the task's images, in place of those of an earlier pass."""
         self.f0 = f0.to(self.rows.device)
         self.rows.replace(task, ClassMoments.of(f0, labels, classes))
-        self.rows.fit(task, f0, labels)
+        self.rows.fit_temperature(task, f0, labels)
         if self.energy is not None and block is not None:
             self.energy.replace(task, block, self.f0)
-            self.energy.fit(task, self.f0)
+            self.energy.fit_temperature(task, self.f0)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses rows of ``task``, and its energy with the last of them; ``kept`` (|Y_t|,) says which stay."""
@@ -154,20 +169,28 @@ class GatePoint:
         self.rows.simulate(classes, generator)
         if self.energy is not None:
             even = {f"fit.{t}": torch.zeros_like(ENERGY_KAPPAS) for t in range(len(classes))}
-            self.energy.load_state({"means": torch.ones(len(classes), dtype=torch.float64)} | even)
+            self.energy.load_state_dict({"means": torch.ones(len(classes), dtype=torch.float64)} | even)
 
-    def state(self) -> dict[str, Tensor]:
-        """Rows and, where used, energies."""
-        tensors = {f"rows.{name}": x for name, x in self.rows.state().items()}
-        if self.energy is not None:
-            tensors |= {f"energy.{name}": x for name, x in self.energy.state().items()}
-        return tensors
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        self.rows.load_state(part(tensors, "rows"))
-        if self.energy is not None:
-            self.energy.load_state(part(tensors, "energy"))
+@dataclass
+class GatePass:
+    """What the gate reads and says in one pass of the backbone over B images.
+
+    Attributes:
+        own: labels and indices of the images (B,) if they are the current task's: each is left out of its
+            own row then.
+        features: what was read (B, m d), by layer of the gate points.
+        weights: of the tasks (B, T), by adapted layer; empty before the first task.
+    """
+
+    own: tuple[Tensor, Tensor] | None = None
+    features: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean_weights(self) -> Tensor | None:
+        """Weights (B, T), averaged over adapted layers; None before the first task."""
+        return torch.stack(list(self.weights.values())).mean(0) if self.weights else None
 
 
 class DynamicMemory:
@@ -183,51 +206,49 @@ class DynamicMemory:
     def __init__(self, mode: str, points: dict[int, GatePoint], reader: TokenReader) -> None:
         self.mode, self.points, self.reader = mode, points, reader
         self.tasks = 0
-        self.features: dict[int, Tensor] = {}  # of the latest forward pass, by layer
-        self.latest: dict[int, Tensor] = {}  # weights of the latest forward pass, by layer
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self.current: PerPass[GatePass] = PerPass()
 
     @contextmanager
-    def own_images(self, labels: Tensor, indices: Tensor) -> Iterator[None]:
-        """Inside the context, images are the current task's: each is left out of its own row."""
-        self._batch = (labels, indices)
-        try:
-            yield
-        finally:
-            self._batch = None
+    def reading(self, own: tuple[Tensor, Tensor] | None = None) -> Iterator[GatePass]:
+        """Inside, one pass of the backbone in this thread is gated; outside, no residual adapter acts.
+
+        Args:
+            own: labels and indices of the images, if they are the current task's.
+
+        Yields:
+            What the gate has read and said, complete after the pass.
+        """
+        with self.current.holding(GatePass(own)) as seen:
+            yield seen
 
     def gate(self, layer: int, x: Tensor) -> Tensor | None:
-        """Weights (B, T) for the input (B, N, d) of an adapted layer; None before the first task."""
+        """Weights (B, T) for the input (B, N, d) of an adapted layer.
+
+        None before the first task and outside :meth:`reading`.
+        """
+        seen = self.current.get()
+        if seen is None:
+            return None
         point = self.points.get(layer)
         if point is not None:
-            self.features[layer] = self.reader.description(x.detach(), layer)
+            seen.features[layer] = self.reader.description(x.detach(), layer)
         if self.tasks == 0:
             return None
         if self.mode == "off":
-            self.latest[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
+            seen.weights[layer] = torch.ones(x.shape[0], self.tasks, device=x.device)
         elif point is not None:
-            self.latest[layer] = point.weights(self.features[layer], self._own(point))
+            seen.weights[layer] = point.weights(seen.features[layer], self._own(point, seen))
         else:
-            self.latest[layer] = self.latest[next(iter(self.points))]
-        return self.latest[layer]
-
-    def mean_weights(self) -> Tensor | None:
-        """Weights (B, T) of the latest pass, averaged over adapted layers; None before the first task."""
-        return torch.stack(list(self.latest.values())).mean(0) if self.latest else None
+            seen.weights[layer] = seen.weights[next(iter(self.points))]
+        return seen.weights[layer]
 
     def release(self) -> None:
         """Forgets the features of single images, once the task they belong to has ended."""
-        self.features, self.latest = {}, {}
         for point in self.points.values():
             point.f0 = point.f0[:0]
 
-    def _own(self, point: GatePoint) -> Own | None:
-        if self._batch is None:
+    def _own(self, point: GatePoint, seen: GatePass) -> Own | None:
+        if seen.own is None:
             return None
-        labels, indices = self._batch
+        labels, indices = seen.own
         return point.rows.own(self.tasks - 1, labels, point.f0[indices.to(point.f0.device)])
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name starts with ``prefix.``, under the rest of their name."""
-    return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")}

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from duallora.adapters.dual_lora import add_columns, adjacent
-from duallora.adapters.inject import wrap_attention
+from duallora.adapters.wrapped_qkv import WrappedQKV, wrap_attention
 from duallora.backbones.backbone import Backbone
 
 
-class Beside(nn.Module):
-    """``y = x W_0 + update(x)`` in the columns of some projections; the wrapped weight is never changed.
+class Beside(WrappedQKV):
+    """``y = x W_0 + update(x)`` in the columns of some projections.
 
     Args:
         base: the frozen projection, ``d -> 3 d_out`` in the order q, k, v.
@@ -23,22 +21,8 @@ class Beside(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, projections: str, update: nn.Module) -> None:
-        super().__init__()
-        self.base, self.update = base, update
-        self.effective: Tensor | None = None
-        self.width = base.out_features // 3
-        self.columns = [slice(i * self.width, (i + 1) * self.width) for i in map("qkv".index, projections)]
-        self._written = adjacent(self.columns)
-
-    @property
-    def weight(self) -> Tensor:
-        """Weight of the linear part (3 d_out x d), as ``nn.Linear`` stores it."""
-        return self.base.weight if self.effective is None else self.effective
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base.bias
+        super().__init__(base, [projections])
+        self.projections, self.update = projections, update
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor | None:
@@ -50,17 +34,13 @@ class Beside(nn.Module):
 
     def frozen_norm(self) -> float:
         """Frobenius norm of ``W_0`` in the columns that are updated."""
-        return float(torch.cat([self.base.weight.detach()[c] for c in self.columns]).norm())
+        return float(self.frozen_weight(self.projections).T.norm())
 
     def merge(self) -> None:
-        """From now on computes with ``W_0 + delta``, if the update is a matrix: it costs nothing then."""
+        """From now on computes with ``W_0 + delta``, if the update is a matrix."""
         delta = self.delta_weight()
-        if delta is None:
-            return
-        weight = self.base.weight.detach().clone()
-        for part, columns in zip(delta.split(self.width, 1), self.columns, strict=True):
-            weight[columns] += part.T
-        self.effective = weight
+        if delta is not None:
+            self.merge_updates({self.projections: delta})
 
     def separate(self) -> None:
         """From now on computes the update apart, so that it can be trained."""
@@ -68,10 +48,10 @@ class Beside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, 3 d_out)."""
-        y = F.linear(x, self.weight, self.base.bias)
+        y = self.linear(x)
         update = self.update(x) if self.effective is None else None
         if update is not None:
-            add_columns(y, update, self._written)
+            self.add(y, self.projections, update)
         return y
 
 

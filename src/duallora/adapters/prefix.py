@@ -5,19 +5,21 @@ Both act only inside a ``with`` block; outside of it the backbone computes as if
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.inject import wrap_attention
+from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_qkv import wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 
 Prefix = tuple[Tensor, Tensor]  # keys and values (B, L, d), already in the space of projected tokens
+Prefixes = PerPass[Mapping[int, Prefix]]  # of the pass that runs, by layer
 
 
 class PrefixQKV(nn.Module):
@@ -29,18 +31,26 @@ class PrefixQKV(nn.Module):
 
     Args:
         base: the projection, ``d -> 3 d`` in the order q, k, v.
+        layer: its place among the prefixes.
+        prefixes: those of the pass that runs, by layer.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, layer: int, prefixes: Prefixes) -> None:
         super().__init__()
-        self.base = base
-        self.prefix: Prefix | None = None
+        self.base, self.layer, self.prefixes = base, layer, prefixes
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The prefix in the pass that runs."""
+        given = self.prefixes.get()
+        return None if given is None else given.get(self.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, 3 d); with a prefix the last L of the N + L tokens are its own."""
-        if self.prefix is None:
+        prefix = self.prefix
+        if prefix is None:
             return self.base(x)  # type: ignore[no-any-return]
-        keys, values = self.prefix
+        keys, values = prefix
         real = self.base(x[:, : -keys.shape[1]])
         extra = torch.cat([torch.zeros_like(keys), keys, values], -1)
         return torch.cat([real, extra.to(real.dtype)], 1)
@@ -48,37 +58,41 @@ class PrefixQKV(nn.Module):
     def lengthen(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the attention: appends the L tokens."""
         x, *rest = args
-        return args if self.prefix is None else (F.pad(x, (0, 0, 0, self.prefix[0].shape[1])), *rest)
+        prefix = self.prefix
+        return args if prefix is None else (F.pad(x, (0, 0, 0, prefix[0].shape[1])), *rest)
 
     def shorten(self, _: nn.Module, __: tuple[Any, ...], y: Tensor) -> Tensor:
         """After the attention: cuts them off."""
-        return y if self.prefix is None else y[:, : -self.prefix[0].shape[1]]
+        prefix = self.prefix
+        return y if prefix is None else y[:, : -prefix[0].shape[1]]
 
 
-def put_prefixes(backbone: Backbone, layers: Sequence[int]) -> dict[int, PrefixQKV]:
-    """Makes the attention of each layer ready for prefixes; returns the wrapped projections by layer.
+def put_prefixes(backbone: Backbone, layers: Sequence[int]) -> Prefixes:
+    """Makes the attention of each layer ready for prefixes.
+
+    Returns:
+        Where the prefixes of a pass are set by layer, each longer than 0:
+        ``with prefixes.holding({layer: prefix}): backbone(images)``.
 
     Raises:
         DualLoRAError: the backbone's attention knows the places of its own tokens only.
     """
     _check_places(backbone)
-    wrappers = wrap_attention(backbone, layers, PrefixQKV)
+    prefixes: Prefixes = PerPass()
+    places = iter(layers)
+    wrappers = wrap_attention(backbone, layers, lambda qkv: PrefixQKV(qkv, next(places), prefixes))
     for layer, wrapper in wrappers.items():
         backbone.attention(layer).register_forward_pre_hook(wrapper.lengthen)
         backbone.attention(layer).register_forward_hook(wrapper.shorten)
-    return wrappers
+    return prefixes
 
 
-@contextmanager
-def prefixed(wrappers: Mapping[int, PrefixQKV], prefixes: Mapping[int, Prefix]) -> Iterator[None]:
-    """Inside, the layers of ``prefixes`` attend to them; lengths are above 0."""
-    for layer, prefix in prefixes.items():
-        wrappers[layer].prefix = prefix
-    try:
-        yield
-    finally:
-        for layer in prefixes:
-            wrappers[layer].prefix = None
+@dataclass
+class _Tokens:
+    """The tokens given to a pass, and what they were after the last block."""
+
+    given: Tensor
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 class ExtraTokens:
@@ -94,8 +108,7 @@ class ExtraTokens:
     def __init__(self, backbone: Backbone) -> None:
         _check_places(backbone)
         self.backbone = backbone
-        self._given: Tensor | None = None
-        self._outputs: list[Tensor] = []
+        self._current: PerPass[_Tokens] = PerPass()
         blocks = list(backbone.model.blocks.children())
         blocks[0].register_forward_pre_hook(self._append)
         blocks[-1].register_forward_hook(self._cut)
@@ -113,32 +126,31 @@ class ExtraTokens:
             As the backbone (B, row_dim), but for the final feature: the mean of the tokens' outputs after the
             backbone's final norms.
         """
-        self._given = tokens
-        try:
+        with self._current.holding(_Tokens(tokens)) as mine:
             rest = self.backbone(images)[:, self.backbone.feature_dim :]
             model = self.backbone.model
             # Where the final norm stands after the pooling, it does so here.
-            feature: Tensor = model.fc_norm(model.norm(self._outputs.pop()).mean(1))
+            feature: Tensor = model.fc_norm(model.norm(mine.outputs.pop()).mean(1))
             return torch.cat([feature, rest], 1)
-        finally:
-            self._given = None
-            self._outputs.clear()
 
     def _append(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args
-        return args if self._given is None else (torch.cat([x, self._given.to(x.dtype)], 1), *rest)
+        mine = self._current.get()
+        return args if mine is None else (torch.cat([x, mine.given.to(x.dtype)], 1), *rest)
 
     def _cut(self, _: nn.Module, __: tuple[Any, ...], y: Tensor) -> Tensor:
-        if self._given is None:
+        mine = self._current.get()
+        if mine is None:
             return y
-        length = self._given.shape[1]
-        self._outputs.append(y[:, -length:])
+        length = mine.given.shape[1]
+        mine.outputs.append(y[:, -length:])
         return y[:, :-length]
 
     def _hide(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """After the last block the backbone normalises the tokens of an early layer again, to read them."""
         x, *rest = args
-        return (x[:, : -self._outputs[-1].shape[1]], *rest) if self._outputs else args
+        mine = self._current.get()
+        return args if mine is None or not mine.outputs else (x[:, : -mine.outputs[-1].shape[1]], *rest)
 
 
 def _check_places(backbone: Backbone) -> None:

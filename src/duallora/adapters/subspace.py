@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duallora.runtime import parallel
+from duallora.storage.learned import Learned
 
 RELATIVE_RANK = 1e-6  # an eigenvalue below this share of the largest one of S is round-off, not a direction
 # The expected row norm of LoRA's Kaiming initialisation, so that step sizes match ordinary LoRA.
@@ -58,7 +59,7 @@ def random_basis(dim: int, columns: int, generator: torch.Generator) -> Tensor:
     return basis.contiguous()
 
 
-class Subspace:
+class Subspace(Learned):
     """The directions that earlier tasks use at one place: ``Phi`` (d x m), in blocks ``N_j``, one a task.
 
     Args:
@@ -66,9 +67,12 @@ class Subspace:
     """
 
     def __init__(self, dim: int) -> None:
+        super().__init__()
         self.dim = dim
-        self.phi = torch.zeros(dim, 0, dtype=torch.float64)
-        self.sizes: list[int] = []  # columns of each task's block N_j
+        self.phi: Tensor
+        self.register_buffer("phi", torch.zeros(dim, 0, dtype=torch.float64))
+        self.sizes: Tensor  # columns of each task's block N_j
+        self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
 
     @property
     def free(self) -> int:
@@ -77,8 +81,8 @@ class Subspace:
 
     def block(self, task: int) -> Tensor:
         """The directions ``N_j`` (d x m_j) that task ``task`` added."""
-        start = sum(self.sizes[:task])
-        return self.phi[:, start : start + self.sizes[task]]
+        start = int(self.sizes[:task].sum())
+        return self.phi[:, start : start + int(self.sizes[task])]
 
     def joined(self, basis: Tensor) -> Tensor:
         """Orthonormal basis of the span of ``Phi`` and of ``basis`` (d x r, orthonormal)."""
@@ -128,7 +132,7 @@ class Subspace:
         # Laid out as after a save and a load: the same product in another layout differs in the last bit.
         joined = parallel.once(lambda: (orthonormal(torch.cat([self.phi, new], 1)),))[0]
         self.phi = joined.contiguous()
-        self.sizes.append(new.shape[1])
+        self.sizes = torch.cat([self.sizes, torch.tensor([new.shape[1]])])
 
 
 def own_directions(moment: Tensor, taken: Tensor) -> Tensor:

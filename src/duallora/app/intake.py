@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from duallora.app.twins import Twins, difference_hash, find_twins, thumbnail
+from duallora.app.seen_file import Seen
+from duallora.app.twins import Twins, find_twins
 from duallora.app.uploads import Found
-from duallora.data.images import is_image_name, read_image
+from duallora.data.images import read_image
 from duallora.errors import DualLoRAError
-from duallora.storage.atomic import sha256_of
 from duallora.streams.task import TaskDataset, as_task_dataset, check_class_names, hold_back
 
 EVERY = 5
@@ -25,43 +24,6 @@ EVERY = 5
 
 FEW = 5
 """Classes of fewer images are marked."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One file, looked at.
-
-    Attributes:
-        path: where it is.
-        name: as it is shown.
-        digest: sha256 of its bytes.
-        reason: why it cannot be read; None where it can.
-        hash: its 8 x 8 difference hash (64,) as 0 and 1; None where it has no structure or cannot be read.
-        thumbnail: 8 x 8 pixels (192,), 0 to 255; None where it cannot be read.
-    """
-
-    path: Path
-    name: str
-    digest: str
-    reason: str | None
-    hash: np.ndarray | None = None
-    thumbnail: np.ndarray | None = None
-
-    @classmethod
-    def at(cls, found: Found) -> Seen:
-        """Reads and decodes a file once."""
-        name = found.parts[-1]
-        try:
-            digest = sha256_of(found.path)
-        except OSError as error:
-            return cls(found.path, name, "", f"it could not be read ({error.strerror or error})")
-        try:
-            if not is_image_name(found.path):
-                raise DualLoRAError("it is not an image by its name")
-            image = read_image(found.path)
-        except DualLoRAError as error:
-            return cls(found.path, name, digest, str(error).removeprefix(f"{found.path} "))
-        return cls(found.path, name, digest, None, difference_hash(image), thumbnail(image))
 
 
 @dataclass(frozen=True)
@@ -213,7 +175,10 @@ class Draft:
         changes, checked = self._changes, self._checked
         if checked is None or checked[0] != changes:
             classes = tuple(_check_class(name, own) for name, own in self.copy().files.items())
-            self._checked = checked = changes, Check(classes, tuple(find_twins(classes)))
+            self._checked = checked = (
+                changes,
+                Check(classes, tuple(find_twins([(each.name, each.images) for each in classes]))),
+            )
         return checked[1]
 
 

@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
@@ -16,10 +16,11 @@ from duallora.errors import DualLoRAError
 from duallora.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from duallora.learner import ContinualLearner
     from duallora.outputs import TaskRecord
     from duallora.streams import TaskDataset
+    from duallora.teaching.lesson import Learned
     from duallora.teaching.measure import Measured
+    from duallora.teaching.training_images import TrainingImages
 
 T = TypeVar("T")
 MOST_SHOWN = 24
@@ -197,51 +198,26 @@ def mistaken_for_old(
     ]
 
 
-def outcome(
-    learner: ContinualLearner,
-    record: TaskRecord,
-    known: set[str],
-    parts: tuple[TaskDataset, TaskDataset | None],
-    progress: Watched,
-    started: float,
-) -> Taught:
-    """Measures a lesson that was just learned, and notes the held-back accuracy with it.
+def outcome(learned: Learned, images: TrainingImages, seconds: float) -> Taught:
+    """What the page tells of a lesson that was just learned.
 
     Args:
-        learner: has learned it; the latest record gets the accuracy.
-        record: of the lesson.
-        known: classes that the learner knew before.
-        parts: images learned from, and those held back.
-        progress: where to report.
-        started: when the lesson began, by ``time.monotonic``.
+        learned: what was measured.
+        images: learned from, and held back.
+        seconds: since the lesson began.
     """
-    from duallora.teaching.measure import Measured
-    from duallora.teaching.training_images import present
-
-    train, held = parts
-    old = known.difference(record.classes)
-    progress.begin("measuring on the images held back")
-    measured = Measured.on(learner, None if held is None else present(held))
-    if measured is not None:
-        record = measured.note(learner)
     wrong: list[tuple[TaskDataset, int, Mistaken]] = []
-    if old:
-        progress.begin("looking for new images that are taken for old classes")
-        for data, known_measure, is_held in (
-            (train, Measured.on(learner, train), False),
-            (held, measured, True),
-        ):
-            if data is not None and known_measure is not None:
-                found = mistaken_for_old(known_measure, data, old, is_held)
-                wrong += [(data, i, each) for i, each in found]
+    for data, measured, is_held in (
+        (images.train, learned.train, False),
+        (images.held_back, learned.held_back, True),
+    ):
+        if data is not None and measured is not None:
+            wrong += [(data, i, each) for i, each in mistaken_for_old(measured, data, learned.old, is_held)]
     wrong.sort(key=lambda each: -each[2].probability)
-    shown = tuple(
-        Mistaken(m.name, m.true, m.found, m.probability, m.held_back, thumbnail(data[i][0]))
-        for data, i, m in wrong[:MOST_SHOWN]
-    )
+    shown = tuple(replace(m, picture=thumbnail(data[i][0])) for data, i, m in wrong[:MOST_SHOWN])
+    train = images.train
     counts = {name: train.targets.count(t) for t, name in enumerate(train.classes)}
-    seconds = time.monotonic() - started
-    return Taught(record, measured, counts, seconds, shown, len(wrong), bool(old))
+    return Taught(learned.record, learned.held_back, counts, seconds, shown, len(wrong), bool(learned.old))
 
 
 def thumbnail(image: object) -> str:

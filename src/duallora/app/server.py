@@ -16,7 +16,7 @@ from duallora.serving.guard import LOCAL_NAMES, is_local
 from duallora.serving.listening import listening
 
 if TYPE_CHECKING:
-    from duallora.teaching.model_request import Wishes
+    from duallora.teaching.model_request import ModelRequest
 
 HOST = "127.0.0.1"
 _GRACE = 2  # seconds that open pages are waited for at the end
@@ -58,12 +58,12 @@ class LocalOnly:
             await self.app(scope, receive, _guarded(send))
 
 
-def serve(folder: Path, wishes: Wishes, port: int, tell: Callable[[str], None], open_: bool) -> None:
+def serve(folder: Path, request: ModelRequest, port: int, tell: Callable[[str], None], open_: bool) -> None:
     """Shows the page until the process is asked to end.
 
     Args:
         folder: of the model, which need not be there yet.
-        wishes: what the command line said of the model.
+        request: what the command line said of the model.
         port: to listen at; 0 takes a free one.
         tell: gets the line that says where the page is.
         open_: whether a browser is opened at it.
@@ -77,7 +77,7 @@ def serve(folder: Path, wishes: Wishes, port: int, tell: Callable[[str], None], 
         os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
         from duallora.app.session import Session
 
-        session = Session(folder, wishes, uploads)
+        session = Session(folder, request, uploads)
         try:
             session.newest()
             application = create_app(session)

@@ -15,7 +15,7 @@ import torch
 
 from duallora.app.intake import Check
 from duallora.app.lesson_thread import Taught, Teaching, Watched, outcome
-from duallora.app.undo_question import Step, first_lesson, free_name, quoted, step_back
+from duallora.app.undo_question import Step, first_lesson, lesson_name, quoted, step_back
 from duallora.app.uploads import Uploads
 from duallora.data.images import read_image
 from duallora.errors import DualLoRAError
@@ -26,7 +26,7 @@ from duallora.training import EVALUATION_BATCH
 if TYPE_CHECKING:
     from duallora.outputs import TaskRecord
     from duallora.serving.model_watch import ServedModel
-    from duallora.teaching.model_request import Wishes
+    from duallora.teaching.model_request import ModelRequest
 
 NOTHING_LEARNED = "the model has learned nothing yet; teach it something first."
 
@@ -51,7 +51,7 @@ class Session:
 
     Args:
         folder: of the model.
-        wishes: what the command line said of it.
+        request: what the command line said of it.
         uploads: the temporary copies of images.
 
     Attributes:
@@ -59,13 +59,12 @@ class Session:
         uploads: as given.
     """
 
-    def __init__(self, folder: Path, wishes: Wishes, uploads: Uploads) -> None:
-        self.folder, self.wishes, self.uploads = folder, wishes, uploads
+    def __init__(self, folder: Path, request: ModelRequest, uploads: Uploads) -> None:
+        self.folder, self.request, self.uploads = folder, request, uploads
         self.teaching: Teaching | None = None
         self._current: ServedModel | None = None
         self._seen: tuple[int, int, int] | None = None
         self._loading = threading.RLock()
-        self._asking = threading.Lock()  # the gate keeps the weights of its latest pass
         self._changing = threading.Lock()
         self._in_use: set[Path] = set()
         uploads.owned_by(lambda: self._in_use)
@@ -82,14 +81,14 @@ class Session:
         from duallora.serving.model_watch import ServedModel, signature
 
         with self._loading:
-            found = signature(self.folder)  # comparing a model with the wishes reads the backbone's file
+            found = signature(self.folder)  # comparing a model with the request reads the backbone's file
             if found is not None and found == self._seen:
                 return self._current
-            manifest = self.wishes.stored(self.folder)
+            manifest = self.request.stored(self.folder)
             if manifest is None:
                 self._current = None
             elif self._current is None or self._current.generation != manifest["weights"]:
-                self._current = ServedModel.load(self.folder, Machine.of(self.wishes.device))
+                self._current = ServedModel.load(self.folder, Machine.of(self.request.device))
             self._seen = found
             return self._current
 
@@ -141,8 +140,7 @@ class Session:
     ) -> list[Answer]:
         learner = model.learner
         images = torch.stack([model.preprocess(read_image(path)) for path in paths])
-        with self._asking:
-            outputs = learner.outputs_of([images])
+        outputs = learner.outputs_of([images])
         names = [task.name for task in learner.tasks]
         said = predictions(outputs, learner.classes, names, [path.name for path in paths], top)
         gated = outputs.gate is not None
@@ -184,7 +182,7 @@ class Session:
         name = name.strip()
         if name in taken:
             raise DualLoRAError(f"the model has learned a lesson named “{name}” already; give another name.")
-        name = name or free_name([each.name for each in check.classes], taken)
+        name = name or lesson_name([each.name for each in check.classes], taken)
         if not self._changing.acquire(blocking=False):
             raise DualLoRAError("the model is being changed; wait until that is done.")
 
@@ -209,15 +207,15 @@ class Session:
         return self.teaching
 
     def _learn(self, parts: Any, name: str, progress: Watched) -> Taught:
+        from duallora.teaching.lesson import Lesson
+        from duallora.teaching.training_images import TrainingImages, present
+
         started = time.monotonic()
-        with checkpoint.exclusive(self.folder):
-            learner = self.wishes.open(self.folder, progress)
-            known = set(learner.classes)
-            with self.wishes.granted(learner):
-                record = learner.learn(parts[0], name)
-            taught = outcome(learner, record, known, parts, progress, started)
-            progress.begin("saving")
-            learner.commit(self.folder)
+        train, held = parts
+        images = TrainingImages(train, None if held is None else present(held), (), 0.0)
+        lesson = Lesson(self.folder, self.request, images, name, measure_train=True)
+        with lesson.taught(progress) as learned:
+            taught = outcome(learned, images, time.monotonic() - started)
         with suppress(Exception):  # the lesson is saved; the page says what keeps it from being read
             self.newest()
         return taught
@@ -228,19 +226,14 @@ class Session:
         Raises:
             DualLoRAError: there is none, it is all that the model knows, or the model is being changed.
         """
-        from duallora.learner import ContinualLearner
+        from duallora.teaching.take_back import take_back
 
         with self._change():
-            checkpoint.read_manifest(self.folder)
-            with checkpoint.exclusive(self.folder):
-                learner = ContinualLearner.load(self.folder, device=self.wishes.device)
-                gone = learner.forget(task=task, name=name)
-                learner.commit(self.folder)
-                if purge:
-                    checkpoint.purge(self.folder)
+            taken = take_back(self.folder, task=task, name=name, purge=purge, device=self.request.device)
+        gone = taken.forgotten
         what = ", ".join(gone.classes) or "no class, for other lessons taught them too"
         whole = f", and with it the lesson {quoted(gone.tasks)} as a whole" if gone.tasks else ""
-        stays = f"What stays of it: {learner.method.leaves}."
+        stays = f"What stays of it: {taken.leaves}."
         end = "The state before is deleted." if purge else "Undo brings it back."
         return f"Forgotten: {what}{whole}. {end} {stays}"
 

@@ -6,20 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-if TYPE_CHECKING:
-    from duallora.app.intake import ClassCheck
+from duallora.app.seen_file import Seen
 
 MOST = 1_000
 """Pairs that are looked for; with more of them the classes are mixed up as a whole."""
 
 _NEAR = 3  # bits of 64 that two views of one picture may differ in
 _SAME_COLOURS = 16.0  # of 255: mean difference of two 8 x 8 thumbnails
-_FLAT = 4.0  # of 255: below this spread a picture has no structure that a hash could tell apart
 _ROWS = 256  # pictures that are compared with all others at once
 _PAIRS = 8_192  # pairs whose colours are compared at once
 _MOST_COMPARED = 1 << 20  # pairs whose colours are compared at all
@@ -40,39 +36,28 @@ class Twins:
     exact: bool
 
 
-def find_twins(classes: Sequence[ClassCheck]) -> list[Twins]:
+def find_twins(classes: Sequence[tuple[str, Sequence[Seen]]]) -> list[Twins]:
     """Pictures that two classes were both given, at most ``MOST`` pairs of either kind.
 
     Nearly is a difference hash (8 x 8) of at most 3 other bits and thumbnails of about the same colours;
     pictures without structure are compared by their bytes alone.
+
+    Args:
+        classes: name and readable images of each.
     """
-    owned = [(each.name, seen) for each in classes for seen in each.images]
+    owned = [(name, seen) for name, images in classes for seen in images]
     found = dict.fromkeys(islice(_same_bytes([seen.digest for _, seen in owned]), MOST), True)
     hashed = [i for i, (_, seen) in enumerate(owned) if seen.hash is not None]
     if hashed:
         bits = np.stack([owned[i][1].hash for i in hashed])  # type: ignore[misc]  # not None, as above
         small = np.stack([owned[i][1].thumbnail for i in hashed])  # type: ignore[misc]
-        sizes = [sum(seen.hash is not None for seen in each.images) for each in classes]
+        sizes = [sum(seen.hash is not None for seen in images) for _, images in classes]
         for a, b in islice(_near_pairs(bits, small, sizes), MOST):
             found.setdefault((hashed[a], hashed[b]), False)
     return [
         Twins((owned[i][0], owned[i][1].name), (owned[j][0], owned[j][1].name), exact)
         for (i, j), exact in sorted(found.items())
     ]
-
-
-def difference_hash(image: Image.Image) -> np.ndarray | None:
-    """The 8 x 8 difference hash (64,) as 0 and 1; None where the picture has no structure."""
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.float32)
-    if float(grey.std()) < _FLAT:
-        return None
-    return (grey[:, 1:] > grey[:, :-1]).astype(np.float32).reshape(-1)
-
-
-def thumbnail(image: Image.Image) -> np.ndarray:
-    """8 x 8 pixels (192,), 0 to 255."""
-    small = image.resize((8, 8), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32).reshape(-1)
 
 
 def _same_bytes(digests: Sequence[str]) -> Iterator[tuple[int, int]]:

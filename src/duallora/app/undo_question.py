@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duallora.outputs import free_name
+
 _LONGEST_NAME = 60
 
 Lessons = Mapping[int, tuple[str, list[str]]]
@@ -60,13 +62,12 @@ def first_lesson(manifest: Mapping[str, Any]) -> Step | None:
     return Step(str(manifest["weights"]), question, answer, whole=True)
 
 
-def free_name(classes: Sequence[str], taken: set[str]) -> str:
+def lesson_name(classes: Sequence[str], taken: set[str]) -> str:
     """A name for a lesson: its classes, with a number where the model has learned one of that name."""
     base = ", ".join(classes)
     if len(base) > _LONGEST_NAME:
         base = f"{classes[0][:_LONGEST_NAME]} and {len(classes) - 1} more"
-    names = [base, *(f"{base} {number}" for number in range(2, len(taken) + 3))]
-    return next(name for name in names if name not in taken)
+    return free_name(base, taken)
 
 
 def quoted(names: Iterable[str]) -> str:

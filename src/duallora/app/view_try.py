@@ -9,7 +9,7 @@ import gradio as gr
 
 from duallora.app import html
 from duallora.app.folder_picker import FILES, PATH, chosen, folder_picker
-from duallora.app.intake import Seen
+from duallora.app.seen_file import Seen
 from duallora.app.session import NOTHING_LEARNED, Answer
 from duallora.app.shell import PRIVATE, Shell, count, sentences
 from duallora.app.uploads import Found

@@ -58,6 +58,24 @@ class BackboneInfo:
         """What :meth:`to_dict` gave, also after a way through JSON, and by an earlier version."""
         return cls(**(dict(fields) | {key: tuple(fields[key]) for key in ("mean", "std", "input_size")}))
 
+    def refuse_other(self, other: BackboneInfo) -> None:
+        """Refuses another backbone than this one, on which a model was learned.
+
+        Raises:
+            DualLoRAError: other weights, or images prepared otherwise.
+        """
+        if other.sha256 != self.sha256:
+            raise DualLoRAError(
+                f"the model was learned on backbone {self.name!r} with sha256 {self.sha256[:12]}, but "
+                f"{other.name!r} here has {other.sha256[:12]}; use the weights that it was learned on."
+            )
+        for view in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
+            if getattr(other, view) != getattr(self, view):
+                raise DualLoRAError(
+                    f"the model was learned on images with {view} {getattr(self, view)}, but backbone "
+                    f"{self.name!r} here takes {getattr(other, view)}; load it as it was."
+                )
+
     def prepared(
         self, normalization: Normalization, crop_pct: float | None, interpolation: str | None
     ) -> Self:

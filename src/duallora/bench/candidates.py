@@ -49,9 +49,7 @@ class Candidate:
 
     def learned(self, backbone: Backbone, tasks: int, classes: int, machine: Machine) -> ContinualLearner:
         """A learner as if it had learned so many tasks; it predicts in the machine's precision."""
-        learner = simulated_learner(backbone, self.config, tasks, classes, device=machine)
-        learner.method.reading = machine.autocast
-        return learner
+        return simulated_learner(backbone, self.config, tasks, classes, device=machine, exact_readouts=False)
 
 
 def bare(backbone: Backbone, machine: Machine) -> Callable[[Tensor], Tensor]:

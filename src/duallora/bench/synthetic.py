@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from duallora.backbones.backbone import Backbone
 from duallora.learner import ContinualLearner
-from duallora.methods import METHODS, Batch, Loader, MethodConfig, TaskInfo, method_name
+from duallora.methods import METHODS, Batch, Loader, Method, MethodConfig, TaskInfo, method_name
 from duallora.outputs import TaskRecord
 from duallora.runtime.compute import Machine
 from duallora.training import EVALUATION_BATCH
@@ -24,6 +24,7 @@ def simulated_learner(
     classes: int = 10,
     *,
     device: str | Machine = "cpu",
+    exact_readouts: bool = True,
 ) -> ContinualLearner:
     """A learner as if it had learned so many tasks, filled with random bases, heads and rows.
 
@@ -35,20 +36,44 @@ def simulated_learner(
         tasks: T; a method that learns all tasks at once gets one with the classes of all. 0 leaves it new.
         classes: of each task.
         device: where it computes.
+        exact_readouts: as of :class:`ContinualLearner`.
 
     Returns:
         The learner; its tasks are named ``synthetic 1`` and so on.
     """
-    learner = ContinualLearner(backbone, config, device=device)
+    learner = ContinualLearner(backbone, config, device=device, exact_readouts=exact_readouts)
     if METHODS[method_name(config)].method.all_at_once and tasks:
         tasks, classes = 1, tasks * classes
     infos = [task_info(index, classes) for index in range(tasks)]
     if infos:
-        learner.method.simulate(infos)
+        fill(learner.method, infos)
     for info in infos:
         learner.tasks.append(TaskRecord(info.name, info.classes, NEVER, 0, 0.0, 0.0, 0.0, 0, 0, None, None))
         learner.classes.extend(info.classes)
     return learner
+
+
+@torch.no_grad()
+def fill(method: Method, tasks: Sequence[TaskInfo]) -> None:
+    """Fills a new method with random numbers of the shapes that learning these tasks would leave.
+
+    What a pass costs depends on how much has been learned, not on what. The state can be saved, loaded and
+    trained on like any other.
+    """
+    for task in tasks:
+        method.heads.open(len(task.classes), method.generator(task.index))
+        method.pretend(task.index)
+    method.heads.requires_grad_(False)
+    generator = method.generator(len(tasks), "measured rows")
+    method.rows.simulate([len(task.classes) for task in tasks], generator)
+    for part in method.by_row:
+        part.simulate(sum(len(task.classes) for task in tasks))
+    for parameter in method.adapters.parameters():
+        if not parameter.any():  # what starts at zero would be moved by training
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    for wrapper in method.beside.values():
+        wrapper.merge()
+    method.simulate(tasks)
 
 
 def task_info(index: int, classes: int) -> TaskInfo:

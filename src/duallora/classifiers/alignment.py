@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.heads import Heads
 
 
-class Gaussians:
+class Gaussians(ByRow):
     """Mean (R, d) and covariance (R, d, d) of every row, fp32 on the CPU: ``4 d (d + 1)`` bytes a row.
 
     Args:
@@ -18,7 +19,11 @@ class Gaussians:
     """
 
     def __init__(self, dim: int) -> None:
-        self.mean, self.covariance = torch.zeros(0, dim), torch.zeros(0, dim, dim)
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(0, dim))
+        self.covariance: Tensor
+        self.register_buffer("covariance", torch.zeros(0, dim, dim))
 
     def add(self, features: Tensor, labels: Tensor, classes: int) -> None:
         """Adds the rows of a task from its features (n, d) and labels (n,); one image has covariance 0."""
@@ -55,14 +60,6 @@ class Gaussians:
         eye = torch.eye(covariance.shape[1], dtype=torch.float64)
         factors: Tensor = torch.linalg.cholesky(covariance + least.clamp(min=ridge)[:, None, None] * eye)
         return factors.float()
-
-    def state(self) -> dict[str, Tensor]:
-        """Means and covariances."""
-        return {"mean": self.mean, "covariance": self.covariance}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        self.mean, self.covariance = tensors["mean"].cpu(), tensors["covariance"].cpu()
 
 
 @torch.enable_grad()

@@ -1,22 +1,23 @@
-"""Class statistics: rows with one shared covariance, the posterior they give, and how familiar an input is.
+"""Class statistics: count, mean and pooled scatter of every row, and what they say of a feature.
 
-A *row* is a (task, class) pair. In the coordinates ``z = (f - m) C^-T`` with ``Sigma = C C^T`` (m: mean of
-the row means) the score ``s_c = f Sigma^-1 mu_c^T - 1/2 mu_c Sigma^-1 mu_c^T`` is ``z nu_c^T - |nu_c|^2 / 2``
-up to a term that is the same for all rows, and the Mahalanobis distance is ``|z - nu_c|``: one triangular
-solve in fp64 when rows change, small fp32 products afterwards.
+A *row* is a (task, class) pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora.classifiers.covariance import shrunk, whitening
+from duallora.classifiers.calibration import best_kappa
+from duallora.classifiers.covariance import shrunk
+from duallora.classifiers.gaussian import Own, SharedGaussian
+from duallora.classifiers.log_probabilities import sum_rows
+from duallora.storage.learned import ByTask, Learned
 
 KAPPAS = torch.logspace(-1.3010299956639813, 0, 20, dtype=torch.float64)  # .05 to 1
 _CHUNK = 4096  # features are merged in chunks of this many, so that fp64 copies stay small
@@ -70,14 +71,19 @@ class ClassMoments:
         return ClassMoments(count, self.mean + gap * share[:, None], self.scatter + other.scatter + between)
 
 
-class Own(NamedTuple):
-    """For leave-one-out scores: each image's own row (n,) and its feature f0 (n, d) in the latest pass."""
+class ByRow(Learned):
+    """What a method keeps of every row beside its class statistics."""
 
-    row: Tensor
-    f0: Tensor
+    def forget(self, kept: Tensor) -> None:
+        """Loses rows; ``kept`` (R,), bool, says which stay."""
+        raise NotImplementedError
+
+    def simulate(self, rows: int) -> None:
+        """So many rows of no meaning, for measurements."""
+        raise NotImplementedError
 
 
-class RowMemory:
+class ClassStatistics(Learned):
     """Gaussian rows at one feature point, with the temperature kappa and the distances of known images.
 
     Args:
@@ -85,24 +91,54 @@ class RowMemory:
         device: where scores are computed; the statistics stay on the CPU in fp64.
     """
 
+    optional: ClassVar[frozenset[str]] = frozenset({"forgotten"})
+
     def __init__(self, dim: int, device: torch.device) -> None:
-        self.dim, self.device = dim, device
-        self.task = torch.zeros(0, dtype=torch.long)
-        self.moments = ClassMoments.empty(0, dim)
-        self.losses: dict[int, Tensor] = {}  # loss of every kappa on each task's images, never recomputed
-        # (q95, standard deviation) of each task's own images
-        self.distances: dict[int, tuple[float, float]] = {}
+        super().__init__(device)
+        self.dim = dim
+        none = ClassMoments.empty(0, dim)
+        self.task: Tensor
+        self.register_buffer("task", torch.zeros(0, dtype=torch.long))
+        self.count: Tensor
+        self.register_buffer("count", none.count)
+        self.mean: Tensor
+        self.register_buffer("mean", none.mean)
+        self.scatter: Tensor
+        self.register_buffer("scatter", none.scatter)
+        # Tasks and degrees of freedom, where forgotten rows left more of them than the rows show.
+        self.forgotten: Tensor | None
+        self.register_buffer("forgotten", None)
+        # Of each task's own images: the loss of every kappa, never recomputed, then q95 and standard
+        # deviation of their distances.
+        self.fit = ByTask()
         self.tasks = 0  # learned so far, forgotten ones included
-        self._forgotten = 0.0  # degrees of freedom that forgotten rows left in the scatter
-        self._before = self.moments.scatter  # scatter without the latest task
-        # The temperature with the smallest loss summed over tasks; the largest among equals.
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+        self._lost = 0.0  # degrees of freedom that forgotten rows left in the scatter
+        self._before = none.scatter  # scatter without the latest task
+        self._update()
+
+    @property
+    def moments(self) -> ClassMoments:
+        """Count, mean and scatter of the rows."""
+        return ClassMoments(self.count, self.mean, self.scatter)
+
+    @moments.setter
+    def moments(self, new: ClassMoments) -> None:
+        self.count, self.mean, self.scatter = new.count, new.mean, new.scatter
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """Loss of every kappa on each task's own images."""
+        return {task: values[:-2] for task, values in self.fit.items()}
+
+    @property
+    def distances(self) -> dict[int, tuple[float, float]]:
+        """(q95, standard deviation) of the distances of each task's own images."""
+        return {task: (float(values[-2]), float(values[-1])) for task, values in self.fit.items()}
 
     @property
     def freedom(self) -> float:
         """Degrees of freedom of the pooled scatter, to which forgotten rows still count."""
-        return float(self.moments.count.sum()) - len(self.moments.count) + self._forgotten
+        return float(self.moments.count.sum()) - len(self.moments.count) + self._lost
 
     @property
     def reference(self) -> Tensor:
@@ -125,7 +161,7 @@ class RowMemory:
             torch.cat([count, new.count]), torch.cat([mean, new.mean]), self._before + new.scatter
         )
         self.tasks = task + 1
-        self._refresh()
+        self._update()
 
     def staying(self, task: int, kept: Tensor) -> Tensor:
         """Which of all rows stay (R,), where of those of ``task`` only ``kept`` (k,) do."""
@@ -143,33 +179,30 @@ class RowMemory:
             kept: which of its rows stay (k,), bool.
         """
         m, stays = self.moments, self.staying(task, kept)
-        self._forgotten += float((m.count[~stays] - 1).sum())
+        self._lost += float((m.count[~stays] - 1).sum())
         self.task = self.task[stays]
         self.moments = ClassMoments(m.count[stays], m.mean[stays], m.scatter)
         if not bool(kept.any()):
-            self.losses.pop(task, None)
-            self.distances.pop(task, None)
-            self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+            self.fit.discard(task)
+        self._update()
 
-    def fit(self, task: int, features: Tensor, labels: Tensor) -> None:
+    def fit_temperature(self, task: int, features: Tensor, labels: Tensor) -> None:
         """Stores kappa losses and distances of ``task`` from its images (n, d), against the present rows."""
         own = self.own(task, labels, features)
         scores, row = self.scores(features, own).cpu().double(), own.row.cpu()
-        counted = (self._count[own.row] > 1).cpu()
+        counted = (self._gaussian.count[own.row] > 1).cpu()
         losses = [
             -(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()
         ]
-        self.losses[task] = torch.stack(losses)
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        nearest = self._unseen_distance(features, own)[counted].double()
+        nearest = self._gaussian.unseen_distance(features, own, self.freedom)[counted].double()
         if len(nearest):
             spread = float(nearest.std(unbiased=False))
             q95 = float(nearest.quantile(0.95))
-            self.distances[task] = (q95, max(spread, 1e-3 * q95, 1e-12))
+            distance = (q95, max(spread, 1e-3 * q95, 1e-12))
         else:
             # No image to leave out: a Gaussian of d dimensions lies sqrt(d) +- 1/sqrt(2) from its mean.
-            self.distances[task] = (self.dim**0.5, 2**-0.5)
+            distance = (self.dim**0.5, 2**-0.5)
+        self.fit[task] = torch.cat([torch.stack(losses), torch.tensor(distance, dtype=torch.float64)])
         self._tabulate()
 
     def own(self, task: int, labels: Tensor, f0: Tensor) -> Own:
@@ -178,18 +211,7 @@ class RowMemory:
 
     def scores(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Row scores ``s`` (n, R) up to a constant per image; ``own`` leaves each image out of its row."""
-        return self._scores(self.whitened(f), own)
-
-    def _scores(self, z: Tensor, own: Own | None) -> Tensor:
-        """As :meth:`scores`, for features in whitened coordinates (n, d)."""
-        scores: Tensor = z @ self._nu.T - self._half
-        if own is None:
-            return scores
-        nu = self._left_out(own)
-        value = (z * nu).sum(1) - nu.square().sum(1) / 2
-        # Without its only image a row does not exist; where it is the only row, it stays.
-        alone = (self._count[own.row] <= 1) & (len(self._count) > 1)
-        return scores.scatter(1, own.row[:, None], torch.where(alone, -torch.inf, value)[:, None])
+        return self._gaussian.scores(self.whitened(f), own)
 
     def log_q(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Log-posterior over rows (n, R), uniform prior over rows."""
@@ -207,18 +229,13 @@ class RowMemory:
     def distance(self, f: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
         """Smallest Mahalanobis distance to a row's mean (n,) and the row it belongs to (n,)."""
         z = self.whitened(f)
-        return self._nearest(z, self._scores(z, own))
+        return self._gaussian.nearest(z, self._gaussian.scores(z, own))
 
-    @staticmethod
-    def _nearest(z: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        best, row = (z.square().sum(1, keepdim=True) - 2 * scores).min(1)
-        return best.clamp(min=0).sqrt(), row
-
-    def readout(self, f: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior_and_familiarity(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), whose largest part is the same."""
         z = self.whitened(f)
-        scores = self._scores(z, None)
-        return (self.kappa * scores).log_softmax(1), self._familiarity(*self._nearest(z, scores))
+        scores = self._gaussian.scores(z)
+        return (self.kappa * scores).log_softmax(1), self._familiarity(*self._gaussian.nearest(z, scores))
 
     def familiarity(self, f: Tensor) -> Tensor:
         """``sigmoid((q95 - m) / s)`` (n,), q95 and s of the nearest row's task."""
@@ -228,26 +245,6 @@ class RowMemory:
         q95, spread = self._table[self.row_task[row]].unbind(1)
         return ((q95 - nearest) / spread).sigmoid()
 
-    def _unseen_distance(self, f: Tensor, own: Own) -> Tensor:
-        """Smallest distance (n,) of each image to a row, had it been in neither a mean nor the covariance.
-
-        With few images per direction an image pulls the covariance towards itself, and new images of its
-        class lie much further out. Without image i the scatter loses ``n/(n-1) v^T v`` (v: its offset
-        from its row mean), so by Sherman and Morrison ``d_c^2 = |w_c|^2 + k (w_c v^T)^2 / (1 - k |v|^2)`` in
-        whitened coordinates, ``k = n / ((n - 1)(N - R))``; the regularisation is left as it is.
-        """
-        z, nu = self.whitened(f), self._nu
-        n = self._count[own.row].clamp(min=2)
-        v = z - nu[own.row]
-        u = v.square().sum(1)
-        k = n / ((n - 1) * max(self.freedom, 1.0))
-        shrink = k / (1 - k * u).clamp(min=1e-6)
-        square = z.square().sum(1, keepdim=True) - 2 * z @ nu.T + nu.square().sum(1)
-        square = square + shrink[:, None] * ((z * v).sum(1, keepdim=True) - v @ nu.T).square()
-        mine = (n / (n - 1)).square() * (u + shrink * u.square())
-        nearest: Tensor = square.scatter(1, own.row[:, None], mine[:, None]).min(1).values
-        return nearest.clamp(min=0).sqrt().cpu()
-
     def linear(self, task: int) -> tuple[Tensor, Tensor]:
         """Weight (k, d) and bias (k,) of the linear classifier that the rows of ``task`` make: ``kappa s``.
 
@@ -256,8 +253,9 @@ class RowMemory:
         """
         centre = self.reference.float().to(self.device)
         mine = (self.task == task).to(self.device)
-        nu = self._nu[mine] + (self._centre - centre) @ self._map
-        weight = self.kappa * nu @ self._map.T
+        known = self._gaussian
+        nu = known.nu[mine] + (known.centre - centre) @ known.map
+        weight = self.kappa * nu @ known.map.T
         return weight, -(weight @ centre) - self.kappa * nu.square().sum(1) / 2
 
     def seen_from(self, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,9 +266,9 @@ class RowMemory:
             new c', S the covariance: the same for all rows, so that no probability over them changes.
         """
         before, after = (self.whitened(c.to(self.device)) for c in (old, self.reference))
-        weight: Tensor = self.kappa * (before - after) @ self._map.T
+        weight: Tensor = self.kappa * (before - after) @ self._gaussian.map.T
         bias: Tensor = self.kappa * (after.square().sum() - before.square().sum()) / 2
-        return weight, bias - weight @ self._centre
+        return weight, bias - weight @ self._gaussian.centre
 
     def move(self, drift: Tensor, mean: Tensor | None = None) -> None:
         """Moves all rows by the linear map M = ``drift`` (d, d): ``mu M``, ``M^T scatter M`` (after SLDC).
@@ -283,36 +281,10 @@ class RowMemory:
         mean = m.mean @ drift if mean is None else mean
         self.moments = ClassMoments(m.count, mean, drift.T @ m.scatter @ drift)
         self._before = drift.T @ self._before @ drift
-        self._refresh()
-
-    def state(self) -> dict[str, Tensor]:
-        """Statistics of all rows (fp64), kappa losses and distances of every task."""
-        m = self.moments
-        tensors = {"task": self.task, "count": m.count, "mean": m.mean, "scatter": m.scatter}
-        for task, losses in self.losses.items():
-            tensors[f"fit.{task}"] = torch.cat(
-                [losses, torch.tensor(self.distances[task], dtype=torch.float64)]
-            )
-        if self._forgotten or self.tasks != self._with_rows:
-            tensors["forgotten"] = torch.tensor([self.tasks, self._forgotten], dtype=torch.float64)
-        return tensors
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        self.task = tensors["task"].cpu()
-        self.moments = ClassMoments(tensors["count"].cpu(), tensors["mean"].cpu(), tensors["scatter"].cpu())
-        for name in sorted((n for n in tensors if n.startswith("fit.")), key=lambda n: int(n.split(".")[1])):
-            task, values = int(name.split(".")[1]), tensors[name].cpu()
-            self.losses[task] = values[:-2]
-            self.distances[task] = (float(values[-2]), float(values[-1]))
-        self.tasks = self._with_rows
-        if "forgotten" in tensors:
-            self.tasks, self._forgotten = int(tensors["forgotten"][0]), float(tensors["forgotten"][1])
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+        self._update()
 
     def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
-        """Random rows in place of learned ones, for measurements; see :meth:`Method.simulate`.
+        """Random rows in place of learned ones, for measurements.
 
         Args:
             classes: rows of each task.
@@ -327,43 +299,40 @@ class RowMemory:
             torch.eye(self.dim, dtype=torch.float64) * rows * (each - 1),
         )
         self._before = self.moments.scatter
-        self.losses = {t: torch.zeros_like(KAPPAS) for t in range(len(classes))}
-        self.distances = dict.fromkeys(self.losses, (self.dim**0.5, 2**-0.5))
-        self.kappa = best_kappa(KAPPAS, self.losses)
-        self._refresh()
+        unknown = torch.tensor([self.dim**0.5, 2**-0.5], dtype=torch.float64)
+        for task in range(len(classes)):
+            self.fit[task] = torch.cat([torch.zeros_like(KAPPAS), unknown])
+        self._update()
 
     def whitened(self, f: Tensor) -> Tensor:
-        """Features (n, d) in the coordinates ``z`` of this module, around the mean of the row means."""
-        whitened: Tensor = (f.float() - self._centre) @ self._map
-        return whitened
-
-    def _left_out(self, own: Own) -> Tensor:
-        n = self._count[own.row].clamp(min=2)[:, None]
-        nu: Tensor = (n * self._nu[own.row] - self.whitened(own.f0)) / (n - 1)
-        return nu
+        """Features (n, d) in coordinates in which the covariance is the identity, around the mean row."""
+        return self._gaussian.whitened(f)
 
     def _tabulate(self) -> None:
-        """Lays (q95, standard deviation) out by task (T, 2), where scores are computed."""
-        unknown = (self.dim**0.5, 2**-0.5)
-        table = [self.distances.get(t, unknown) for t in range(self.tasks)]
+        """Chooses kappa, and lays (q95, standard deviation) out by task (T, 2), where scores are computed."""
+        # The temperature with the smallest loss summed over tasks; the largest among equals.
+        self.kappa = best_kappa(KAPPAS, self.losses)
+        unknown, known = (self.dim**0.5, 2**-0.5), self.distances
+        table = [known.get(t, unknown) for t in range(self.tasks)]
         self._table = torch.tensor(table, device=self.device).reshape(-1, 2)
 
-    def _refresh(self) -> None:
-        """Everything that scores need, on their device: called whenever rows change, never while scoring."""
+    def refresh(self) -> None:
+        """Everything that scores need, on their device, from the buffers."""
+        lost = self.forgotten
+        self.tasks, self._lost = (self._with_rows, 0.0) if lost is None else (int(lost[0]), float(lost[1]))
+        self._update()
+
+    def _update(self) -> None:
+        """The same where buffers changed by more than a load: whenever rows do, never while scoring."""
         m = self.moments
+        more = self._lost or self.tasks != self._with_rows
+        self.forgotten = torch.tensor([self.tasks, self._lost], dtype=torch.float64) if more else None
         self._first = [int((self.task < t).sum()) for t in range(self.tasks)]
         self.row_task = self.task.to(self.device)
         self._member = F.one_hot(self.row_task, max(self.tasks, 1)).float()
         self._tabulate()
-        if not len(self.task):
-            nu, inverse = m.mean, torch.zeros(self.dim, 0)  # there is nothing to be far from
-            centre = torch.zeros(self.dim, dtype=torch.float64)
-        else:
-            centre = m.mean.mean(0)
-            nu, inverse = whitening(self._covariance(), m.mean - centre, self.device)
-        self._nu, self._map = nu.float().to(self.device), inverse.float().to(self.device)
-        self._centre, self._count = centre.float().to(self.device), m.count.float().to(self.device)
-        self._half = self._nu.square().sum(1) / 2
+        covariance = self._covariance() if len(self.task) else None
+        self._gaussian = SharedGaussian(m.mean, m.count, covariance, self.device)
 
     def _covariance(self) -> Tensor:
         """Within-class covariance (d, d), shrunk."""
@@ -372,33 +341,3 @@ class RowMemory:
         if freedom < 1:  # single images say nothing of the spread in a class: as wide as that between them
             scatter, freedom = torch.diag((m.mean - m.mean.mean(0)).square().sum(0)), max(len(m.mean) - 1, 1)
         return shrunk(scatter, freedom)
-
-
-def best_kappa(grid: Tensor, losses: dict[int, Tensor]) -> float:
-    """The temperature of ``grid`` with the smallest loss summed over tasks; the largest among equals."""
-    if not losses:
-        return float(grid.max())
-    total = torch.stack([losses[task] for task in sorted(losses)]).sum(0)
-    return float(grid[total <= total.min()].max())
-
-
-def sum_rows(log_rows: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sums probabilities given as logs (n, R) over the rows of each group (R,) -> (n, groups), as logs.
-
-    Works for tasks and for class names alike; a group without rows gets ``-inf``.
-    """
-    below, peak = below_peak(log_rows, group, groups)
-    total = torch.zeros_like(peak).index_add_(1, group, below.exp())
-    return total.log() + peak
-
-
-def below_peak(log_rows: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Logs (n, R) less the largest of their group (R,), and these (n, groups); 0 for one that is empty.
-
-    The peak is taken per group: one far below the best must not underflow, because the shares inside it are
-    still asked for.
-    """
-    peak = log_rows.new_full((log_rows.shape[0], groups), -torch.inf)
-    peak = peak.scatter_reduce(1, group.expand_as(log_rows), log_rows, "amax")
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    return log_rows - peak[:, group], peak

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora.classifiers.class_statistics import best_kappa
+from duallora.classifiers.calibration import best_kappa
+from duallora.storage.learned import ByTask, Learned
 
 RIDGES = torch.logspace(-8, 8, 17, dtype=torch.float64)
 KAPPAS = torch.logspace(0, 2, 20, dtype=torch.float64)  # 1 to 100: ridge scores lie between 0 and 1
 
 
-class RandomFeatureModel:
+class RandomFeatureModel(Learned):
     """Posterior over rows ``q = softmax(kappa z)``, ``z = relu(f P) W``.
 
     W comes from sums that add over tasks, so that it is the solution for all tasks at once.
@@ -28,15 +29,31 @@ class RandomFeatureModel:
     """
 
     def __init__(self, dim: int, size: int, ridge: float | None, seed: int, device: torch.device) -> None:
-        self.ridge, self.device = ridge, device
-        self.projection = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed)).to(device)
-        self.gram = torch.zeros(size, size, dtype=torch.float64)  # G = sum h^T h
-        self.targets = torch.zeros(size, 0, dtype=torch.float64)  # Q = sum h^T y
-        self.images = 0
-        self.unlabelled = 0  # those of them whose row is forgotten
-        self.losses: dict[int, Tensor] = {}
-        self.weight = torch.zeros(size, 0, device=device)  # W
-        # Temperature with the smallest leave-one-out loss summed over tasks; the largest among equals.
+        super().__init__(device)
+        self.ridge = ridge
+        drawn = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed))
+        self.projection: Tensor
+        self.register_buffer("projection", drawn.to(device))
+        self.gram: Tensor  # G = sum h^T h
+        self.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
+        self.targets: Tensor  # Q = sum h^T y
+        self.register_buffer("targets", torch.zeros(size, 0, dtype=torch.float64))
+        self.images: Tensor  # how many
+        self.register_buffer("images", torch.tensor(0))
+        self.unlabelled: Tensor | None  # those of them whose row is forgotten
+        self.register_buffer("unlabelled", None)
+        self.weight: Tensor  # W
+        self.register_buffer("weight", torch.zeros(size, 0, device=device))
+        self.fit = ByTask()  # loss of every kappa
+        self.refresh()
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """Leave-one-out loss of every kappa on each task's images."""
+        return dict(self.fit.items())
+
+    def refresh(self) -> None:
+        """The temperature with the smallest loss summed over tasks; the largest among equals."""
         self.kappa = best_kappa(KAPPAS, self.losses)
 
     def add(self, task: int, features: Tensor, labels: Tensor, classes: int) -> None:
@@ -47,17 +64,18 @@ class RandomFeatureModel:
             h = self._lift(x).cpu().double()
             self.gram += h.T @ h
             self.targets.index_add_(1, y.cpu() + first, h.T.contiguous())
-        self.images += len(features)
+        self.images = self.images + len(features)
         vectors, inverse = self._solve()
         self._fit(task, features, labels + first, vectors, inverse)
 
     def simulate(self, classes: Sequence[int], generator: torch.Generator) -> None:
         """A random solution for tasks with so many classes each, for measurements."""
         size, rows = len(self.gram), sum(classes)
-        self.losses = {task: torch.zeros_like(KAPPAS) for task in range(len(classes))}
+        for task in range(len(classes)):
+            self.fit[task] = torch.zeros_like(KAPPAS)
         self.weight = torch.randn(size, rows, generator=generator).div(size**0.5).to(self.device)
         self.gram = torch.eye(size, dtype=torch.float64)
-        self.targets, self.images = self.weight.cpu().double(), 20 * rows
+        self.targets, self.images = self.weight.cpu().double(), torch.tensor(20 * rows)
 
     def forget(self, task: int, kept: Tensor, images: int, whole: bool) -> None:
         """Loses the rows that are not ``kept`` (R,), whose ``images`` stay in G as images of no row.
@@ -69,40 +87,15 @@ class RandomFeatureModel:
             whole: the task is forgotten with all its rows, and so are its losses.
         """
         self.targets, self.weight = self.targets[:, kept], self.weight[:, kept.to(self.device)]
-        self.unlabelled += images
+        lost = images if self.unlabelled is None else int(self.unlabelled) + images
+        self.unlabelled = torch.tensor(lost) if lost else None
         if whole:
-            self.losses.pop(task, None)
-            self.kappa = best_kappa(KAPPAS, self.losses)
+            self.fit.discard(task)
+            self.refresh()
 
     def log_q(self, f: Tensor) -> Tensor:
         """Log-posterior over rows (n, R) for final features (n, d)."""
         return (self.kappa * (self._lift(f) @ self.weight)).log_softmax(1)
-
-    def state(self) -> dict[str, Tensor]:
-        """Projection, sums and solution."""
-        tensors = {
-            "projection": self.projection,
-            "gram": self.gram,
-            "targets": self.targets,
-            "weight": self.weight,
-        }
-        tensors["images"] = torch.tensor(self.images)
-        if self.unlabelled:
-            tensors["unlabelled"] = torch.tensor(self.unlabelled)
-        return tensors | {f"fit.{task}": losses for task, losses in self.losses.items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        self.projection, self.weight = (
-            tensors["projection"].to(self.device),
-            tensors["weight"].to(self.device),
-        )
-        self.gram, self.targets = tensors["gram"].cpu(), tensors["targets"].cpu()
-        self.images, self.unlabelled = int(tensors["images"]), int(tensors.get("unlabelled", 0))
-        self.losses = {
-            int(name.split(".")[1]): x.cpu() for name, x in tensors.items() if name.startswith("fit.")
-        }
-        self.kappa = best_kappa(KAPPAS, self.losses)
 
     def _lift(self, f: Tensor) -> Tensor:
         return (f.to(self.device).float() @ self.projection).relu()
@@ -115,16 +108,17 @@ class RandomFeatureModel:
         values, vectors = torch.linalg.eigh(self.gram)
         values = values.clamp(min=0)
         rotated = vectors.T @ self.targets
-        rank = min(int((values > 1e-12 * values[-1]).sum()), self.images)
+        images = int(self.images)
+        rank = min(int((values > 1e-12 * values[-1]).sum()), images)
         known = values[len(values) - rank :]
         energy = rotated[len(values) - rank :].square().sum(1) / known  # of the n squared targets
-        labelled = self.images - self.unlabelled
-        beyond = max(labelled - float(energy.sum()), 0.0) if rank < self.images else 0.0
+        labelled = images - (0 if self.unlabelled is None else int(self.unlabelled))
+        beyond = max(labelled - float(energy.sum()), 0.0) if rank < images else 0.0
 
         def validation(ridge: float) -> float:
             # Sums of what is left over: as differences, both would be round-off where the fit interpolates.
             left = ridge / (known + ridge)
-            freedom = (self.images - rank + float(left.sum())) / self.images
+            freedom = (images - rank + float(left.sum())) / images
             return (beyond + float((energy * left.square()).sum())) / freedom**2
 
         ridge = self.ridge if self.ridge is not None else min(RIDGES.tolist(), key=validation)
@@ -138,5 +132,5 @@ class RandomFeatureModel:
         y = F.one_hot(rows.cpu(), self.targets.shape[1]).double()
         z = (h @ self.weight.cpu().double() - leverage * y) / (1 - leverage)
         losses = [-(k * z).log_softmax(1).gather(1, rows.cpu()[:, None]).sum() for k in KAPPAS.tolist()]
-        self.losses[task] = torch.stack(losses)
-        self.kappa = best_kappa(KAPPAS, self.losses)
+        self.fit[task] = torch.stack(losses)
+        self.refresh()

@@ -42,10 +42,10 @@ def app(
     _require_gradio()
 
     from duallora.app.server import serve
-    from duallora.teaching.model_request import Wishes
+    from duallora.teaching.model_request import ModelRequest
 
-    wishes = Wishes(method or UNSAID, backbone, backbone_file, seed, augment, device)
-    serve(model, wishes, port, console.line, open_)
+    request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
+    serve(model, request, port, console.line, open_)
 
 
 def _require_gradio() -> None:

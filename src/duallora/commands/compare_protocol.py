@@ -89,7 +89,7 @@ def _training(entry: Entry) -> str:
 
 def _adapted(backbone: Backbone, entry: Entry) -> str:
     """What a line trains beside its heads; results from before a field was there do not hold it."""
-    from duallora.methods.base import adapted_layers
+    from duallora.adapters.wrapped_qkv import adapted_layers
 
     fields = entry.runs[0]["config"]["method"]
     if "backbone_rate" in fields:

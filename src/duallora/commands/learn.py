@@ -14,14 +14,15 @@ from duallora.teaching.method_choice import UNSAID, MethodChoice
 
 if TYPE_CHECKING:
     from duallora.learner import ContinualLearner
-    from duallora.streams import FolderDataset
-    from duallora.teaching.training_images import Lesson
+    from duallora.teaching.lesson import Learned
+    from duallora.teaching.training_images import TrainingImages
 
 STRONGER = (
     "The embedded backbone is small (64x64 images); take a stronger one for a new model with "
     "--backbone vit_base_patch16_224.augreg_in21k, or any other timm ViT by its full tag."
 )
 _STEP = 3  # forward passes that a training step costs, about
+_SHOWN = 3  # old classes that new ones are confused with
 _SAMPLE = 16  # images that --dry-run times
 
 
@@ -68,55 +69,38 @@ def learn(
         raise DualLoRAError("--name must not be empty; leave it out to name the task after the folder.")
 
     from duallora.runtime.progress import Progress
-    from duallora.storage import checkpoint
-    from duallora.teaching.measure import Comparison, Measured, Outcome
-    from duallora.teaching.model_request import Wishes
-    from duallora.teaching.training_images import Lesson, labelled
+    from duallora.teaching.lesson import Lesson
+    from duallora.teaching.model_request import ModelRequest
+    from duallora.teaching.training_images import TrainingImages, labelled
 
     progress = Progress()
-    wishes = Wishes(method or UNSAID, backbone, backbone_file, seed, augment, device)
-    _check_names(wishes.stored(model), model, name, check)
+    request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
+    _check_names(request.stored(model), model, name, check)
     skip = skip_bad_images or dry_run  # which lists them
-    lesson = Lesson.read(folder, progress, skip_bad_images=skip)
+    images = TrainingImages.read(folder, progress, skip_bad_images=skip)
     check_data = None if check is None else labelled(check, progress, skip_bad_images=skip)
-    bad_images = [*lesson.bad_images, *([] if check_data is None else check_data.bad_images)]
+    bad_images = [*images.bad_images, *([] if check_data is None else check_data.bad_images)]
+    base = folder.resolve().name or "task"
+    lesson = Lesson(model, request, images, name, base, check_data, max_drop)
     if dry_run:
-        learner = wishes.open(model, progress)
-        _check_classes(lesson, check_data, learner)
-        with wishes.granted(learner):
-            _tell_plan(lesson, learner, name or _task_name(folder, learner))
+        learner = lesson.open(progress)
+        with request.granted(learner):
+            _tell_plan(images, learner, lesson.name_for(learner))
         _tell_bad_images(bad_images, skip_bad_images)
         console.line("nothing was written")
         return
-    with checkpoint.exclusive(model):
-        # Asked again under the lock: another process may have written since.
-        _check_names(wishes.stored(model), model, name, check)
-        learner = wishes.open(model, progress)
-        _check_classes(lesson, check_data, learner)
-        known, comparison = list(learner.classes), None
-        before = Measured.on(learner, check_data)
-        with wishes.granted(learner):
-            record = learner.learn(lesson.train, name or _task_name(folder, learner))
-        after = Measured.on(learner, check_data)
-        if before is not None and after is not None:
-            comparison = Comparison(before.accuracy, after.accuracy)
-            comparison.require(max_drop)
-        held_back = Measured.on(learner, lesson.held_back)
-        if held_back is not None:
-            held_back.note(learner)
-        outcome = Outcome.of(record, known, held_back, after)
-        learner.commit(model)
+    with lesson.taught(progress) as learned:
+        pass
     # Printed when all is saved: a reader of this output that goes away must not cost the model.
     if bad_images:
         console.line(f"bad images left out: {len(bad_images)}")
+    record, found = learned.record, learned.learner.backbone
     console.line(
         f"{model} has learned {record.name}: {len(record.classes)} classes, {record.train_images} images"
     )
-    if comparison is not None:
-        comparison.tell()
-    outcome.tell()
-    console.final_feature(learner.backbone)
-    if learner.backbone.info.name == "embedded":
+    _tell_measured(learned)
+    console.final_feature(found)
+    if found.info.name == "embedded":
         console.line(STRONGER)
 
 
@@ -129,32 +113,31 @@ def _check_names(stored: dict[str, Any] | None, model: Path, name: str | None, c
         raise DualLoRAError(f"{model} has learned a task named {name} already; give another --name.")
 
 
-def _check_classes(lesson: Lesson, check: FolderDataset | None, learner: ContinualLearner) -> None:
-    unknown = [] if check is None else [name for name in check.classes if name not in learner.classes]
-    if unknown:
-        raise DualLoRAError(
-            f"the --check images have a class {unknown[0]} that the model has not learned; give images of "
-            "classes that it knows."
-        )
-    known = {*lesson.train.classes, *learner.classes}
-    held_back = [] if lesson.held_back is None else lesson.held_back.classes
-    unknown = [name for name in held_back if name not in known]
-    if unknown:
-        raise DualLoRAError(f"val/ has a class {unknown[0]} that train/ has not; give both the same classes.")
+def _tell_measured(learned: Learned) -> None:
+    """The figures of a lesson."""
+    from duallora.storage.documents import percent
+    from duallora.teaching.measure import confused
+
+    if learned.comparison is not None:
+        before, after = percent(learned.comparison.before), percent(learned.comparison.after)
+        console.line(f"accuracy on the --check images: {before} % before, {after} % after")
+    held_back = learned.held_back
+    if held_back is None:
+        console.line("held-back accuracy: not measured, no class has ten images; give some in val/")
+    else:
+        share, error = percent(held_back.accuracy), held_back.calibration_error
+        console.line(f"held-back accuracy: {share} % on {len(held_back.answers)} images")
+        console.line(f"calibration error: {'-' if error is None else f'{error:.3f}'}")
+    counts = confused(learned.known, learned.record.classes, [held_back, learned.check])
+    if counts is not None:
+        worst = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_SHOWN))
+        console.line(f"old classes most often confused with the new ones: {worst or 'none'}")
 
 
-def _task_name(folder: Path, learner: ContinualLearner) -> str:
-    """The folder's name, with a number where the model has learned a task of that name."""
-    taken = {task.name for task in learner.tasks}
-    base = folder.resolve().name or "task"
-    candidates = [base, *(f"{base} {number}" for number in range(2, len(taken) + 2))]
-    return next(name for name in candidates if name not in taken)
-
-
-def _tell_plan(lesson: Lesson, learner: ContinualLearner, name: str) -> None:
+def _tell_plan(images: TrainingImages, learner: ContinualLearner, name: str) -> None:
     """What learning these images would mean."""
-    classes, held_back = lesson.train.classes, lesson.held_back
-    trained = Counter(classes[target] for target in lesson.train.targets)
+    classes, held_back = images.train.classes, images.held_back
+    trained = Counter(classes[target] for target in images.train.targets)
     tested = Counter() if held_back is None else Counter(held_back.classes[t] for t in held_back.targets)
     totals = f"{trained.total()} images to learn from, {tested.total()} held back"
     console.line(f"task {name}: {len(classes)} classes, {totals}")
@@ -163,7 +146,7 @@ def _tell_plan(lesson: Lesson, learner: ContinualLearner, name: str) -> None:
         ["class", "images", "held back", "known"],
         [[each, str(trained[each]), str(tested[each]), known[each]] for each in classes],
     )
-    minutes = max(0.1, _expected_minutes(lesson, learner))
+    minutes = max(0.1, _expected_minutes(images, learner))
     console.line(f"expected time: {minutes:.1f} minutes on {learner.device.type}")
 
 
@@ -175,18 +158,18 @@ def _tell_bad_images(paths: list[Path], skip_bad_images: bool) -> None:
         console.line(f"  {path}")
 
 
-def _expected_minutes(lesson: Lesson, learner: ContinualLearner) -> float:
+def _expected_minutes(images: TrainingImages, learner: ContinualLearner) -> float:
     """From the time of a few forward passes, and of reading the images once."""
     import torch
 
-    images = torch.zeros(_SAMPLE, *learner.backbone.info.input_size, device=learner.device)
+    batch = torch.zeros(_SAMPLE, *learner.backbone.info.input_size, device=learner.device)
     seconds = []
     with torch.no_grad():
         for _ in range(3):
             start = time.perf_counter()
-            learner.backbone(images).cpu()
+            learner.backbone(batch).cpu()
             seconds.append(time.perf_counter() - start)
-    epochs = learner.config.epochs if len(lesson.train.classes) > 1 else 0
+    epochs = learner.config.epochs if len(images.train.classes) > 1 else 0
     passes = 2 + _STEP * epochs  # one before and one after training, and the training steps
-    computing = min(seconds) / _SAMPLE * len(lesson.train) * passes
-    return (computing + lesson.seconds * (2 + epochs)) / 60
+    computing = min(seconds) / _SAMPLE * len(images.train) * passes
+    return (computing + images.seconds * (2 + epochs)) / 60

@@ -92,7 +92,13 @@ def run_on(
 
     def learner() -> ContinualLearner:
         made = ContinualLearner(
-            setting.backbone, config, seed, device=machine, augment=setting.augment, progress=progress
+            setting.backbone,
+            config,
+            seed,
+            device=machine,
+            augment=setting.augment,
+            progress=progress,
+            features=known,
         )
         if stream.stream != "digits":
             _check_images(setting, progress)

@@ -6,8 +6,10 @@ import importlib
 from typing import NamedTuple, get_type_hints
 
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Loader, Method, Readout, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import MethodContext
+from duallora.methods.interface import Batch, BatchOutputs, Encoding, Loader, TaskInfo
 
 # Name -> file and class; the order is that of `duallora methods`.
 _REGISTRY = {
@@ -67,11 +69,13 @@ def method_name(config: MethodConfig) -> str:
 __all__ = [
     "METHODS",
     "Batch",
+    "BatchOutputs",
+    "Encoding",
     "Loader",
     "Method",
     "MethodConfig",
+    "MethodContext",
     "MethodEntry",
-    "Readout",
     "TaskInfo",
     "entry",
     "method_name",

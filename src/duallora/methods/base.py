@@ -7,76 +7,38 @@ Order of the calls for one task::
     loss(batch); after_step()  once per optimiser step, on augmented views (skipped for a single class)
     consolidate(task, loader)  after training: merge, measure, update what is remembered
     logits(images)             any time: the readouts of a batch, without the task
-      extract(images)          the final features of a batch
-      head_logits(features)    the heads' logits
+      encode(images)           one forward pass: features, and what the method chose for each image
+        extract(images)        the features alone
+      head_logits(encoding)    the heads' logits
     forget(task, kept)         between tasks: loses classes, or all that is a task's own
-    state() / load_state()     between tasks only
+    state() / load_state()     between tasks only; restored() after a load
     simulate(tasks)            random numbers of the same shapes, for measurements
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
-from duallora.adapters.lora import Beside, put_beside
+from duallora.adapters.lora import Beside, LowRank, put_beside
+from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
-from duallora.backbones.frozen_features import FrozenFeatures
-from duallora.classifiers.class_statistics import ClassMoments, RowMemory
-from duallora.classifiers.heads import Heads, calibrate
+from duallora.classifiers.calibration import calibrate
+from duallora.classifiers.class_statistics import ByRow, ClassMoments, ClassStatistics
+from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
-from duallora.methods.config import MethodConfig
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
+from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
-
-
-class Batch(NamedTuple):
-    """Images (B, 3, H, W), labels inside the task (B,) and indices of the samples in its data set (B,)."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-# A fresh pass over the task's training images, evaluation view, in order. Where several processes train, each
-# sees its block of them: what a method keeps of a pass goes through duallora.runtime.parallel.
-Loader = Callable[[], Iterable[Batch]]
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """A task as a method sees it: its index (from 0), name and class names."""
-
-    index: int
-    name: str
-    classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Readout:
-    """What a method says of a batch: n images, R rows in the order of the tasks, T tasks; fp32 logs.
-
-    Attributes:
-        heads: log-softmax over the concatenated heads (n, R).
-        calibrated: calibrated log-probabilities of the rows (n, R); None with ``calibration="none"``.
-        task_posterior: log p(t|f) (n, T).
-        familiarity: how well the final feature fits any row (n,), in [0, 1].
-        gate: weights of the residual adapters (n, T), in [0, 1]; None where a method has none.
-        features: final features (n, d).
-    """
-
-    heads: Tensor
-    calibrated: Tensor | None
-    task_posterior: Tensor
-    familiarity: Tensor
-    gate: Tensor | None
-    features: Tensor
+from duallora.storage.learned import Learned
 
 
 class Method:
@@ -86,6 +48,7 @@ class Method:
         backbone: frozen; already on its device.
         config: the method's fields.
         seed: every draw is keyed by it and the task.
+        context: precision and caches.
 
     Attributes:
         paper: where the method comes from.
@@ -94,12 +57,12 @@ class Method:
         reconstruction: whether the paper's code or text was not to be had, so that parts are a guess.
         all_at_once: whether it has to see all tasks' images together.
         readout: which readout is the method's own answer.
+        learned: all that is saved, as one module; subclasses add what they keep beside heads, rows and
+            adapters.
+        by_row: what is kept of every row beside the class rows, see :meth:`keep_by_row`.
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
-        cache: features of the bare backbone by image, for :meth:`frozen_features`.
-        autocast: precision of the backbone in passes and training; everything else runs in fp32.
-        reading: the same in readouts: fp32, because bf16 would round by batch size; a measurement may ask.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
@@ -116,23 +79,27 @@ class Method:
     forward_passes: ClassVar[int] = 1
     imprinted: ClassVar[bool] = False
 
-    def __init__(self, backbone: Backbone, config: MethodConfig, seed: int) -> None:
+    def __init__(
+        self, backbone: Backbone, config: MethodConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
         if backbone.taken:
             raise DualLoRAError(
                 "this backbone belongs to another learner; load it again with load_backbone()."
             )
         backbone.taken = True
-        self.backbone, self.config, self.seed = backbone, config, seed
+        self.backbone, self.config, self.seed, self.context = backbone, config, seed, context
         self.device = next(backbone.parameters()).device
         width = backbone.row_dim if self.imprinted else backbone.feature_dim
         self.heads = Heads(width, self.device)
-        self.rows = RowMemory(backbone.row_dim, self.device)
+        self.rows = ClassStatistics(backbone.row_dim, self.device)
         self.adapters = nn.ModuleDict()
+        self.learned = Learned(self.device)
+        for name, module in (("heads", self.heads), ("rows", self.rows), ("adapters", self.adapters)):
+            self.learned.add_module(name, module)
         self.beside: dict[int, Beside] = {}
         self._before: Sequence[Tensor | None] = []
-        self.cache: FrozenFeatures | None = None
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.reading: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.by_row: list[ByRow] = []
+        self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -162,7 +129,7 @@ class Method:
             labels: (n,).
         """
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit(task.index, features, labels)
+        self.rows.fit_temperature(task.index, features, labels)
         if len(labels) > len(task.classes):  # single images have no spread to weigh features by
             self.heads.imprint(*self.rows.linear(task.index))
 
@@ -191,8 +158,12 @@ class Method:
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
-        with self.autocast():
-            return self.extract(images).float()
+        with self.context.autocast():
+            return self.encode(images).features
+
+    def encode(self, images: Tensor) -> Encoding:
+        """One forward pass over images (n, 3, H, W), with all that :meth:`logits` needs of it."""
+        return Encoding(self.extract(images).float())
 
     def extract(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`Backbone`."""
@@ -205,7 +176,8 @@ class Method:
 
         For methods whose adapters are off but for their own passes.
         """
-        found = None if self.cache is None else self.cache.lookup(images)
+        cache = None if self._computing.get() else self.context.cache
+        found = None if cache is None else cache.lookup(images)
         if found is not None:
             return found.to(images.device)
         with torch.autocast(images.device.type, enabled=False):  # everywhere as in the cache
@@ -226,9 +198,9 @@ class Method:
         """The final features (n, feature_dim) among what :meth:`features` gives (n, row_dim)."""
         return features[:, : self.backbone.feature_dim]
 
-    def head_logits(self, features: Tensor) -> Tensor:
-        """Logits of all rows (n, R) for features (n, row_dim)."""
-        logits: Tensor = self.heads(features)
+    def head_logits(self, encoding: Encoding) -> Tensor:
+        """Logits of all rows (n, R)."""
+        logits: Tensor = self.heads(encoding.features)
         return logits
 
     def after_step(self) -> None:
@@ -240,6 +212,16 @@ class Method:
         features, labels = self.observe(loader)
         self.remember(task, features, labels)
 
+    def keep_by_row(self, name: str, part: ByRow) -> None:
+        """Adds what is learned and forgotten row by row, beside the class rows themselves.
+
+        Args:
+            name: under which it is saved.
+            part: a module.
+        """
+        self.learned.add_module(name, part)
+        self.by_row.append(part)
+
     def attach(self, first: int | None, projections: str, make: Callable[[int, int], nn.Module]) -> None:
         """Puts an update beside the qkv projection of each adapted layer.
 
@@ -249,7 +231,16 @@ class Method:
             make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
-        self.adapters = nn.ModuleDict({str(layer): b.update for layer, b in self.beside.items()})
+        self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
+
+    def attach_lora(self, config: AdapterFields) -> None:
+        """Puts one LoRA, which all tasks share, beside the qkv projection of each adapted layer."""
+        generator = self.generator(0, "adapter")
+        self.attach(
+            config.first_adapted_layer,
+            config.projections,
+            lambda dim, out: LowRank(dim, out, config.rank, generator),
+        )
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -267,26 +258,31 @@ class Method:
         self.orthogonal_norm = sum(moved) / len(moved) if moved else None
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Readout:
-        """Readouts of a batch (B, 3, H, W); the answer for an image does not depend on the others."""
+    def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
+        """Readouts of a batch; the answer for an image does not depend on the others.
+
+        Args:
+            images: (B, 3, H, W).
+            cached: features of the bare backbone may come from the cache; else all of it is computed.
+        """
         config = self.config
-        with self.reading():
-            features = self.extract(images).float()
-        logits = self.head_logits(features)
-        log_q, familiarity = self.rows.readout(features)
-        log_task = self.task_posterior(log_q)
+        with self.context.reading(), self._computing.holding(not cached):
+            encoding = self.encode(images)
+        logits = self.head_logits(encoding)
+        log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
+        log_task = self.task_posterior(encoding, log_q)
         calibrated = None
         if config.calibration != "none":
             calibrated = calibrate(
                 logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
             )
-        return Readout(
+        return BatchOutputs(
             logits.log_softmax(1),
             calibrated,
             log_task,
             familiarity,
-            self.gate_weights(),
-            self.final(features),
+            encoding.gate,
+            self.final(encoding.features),
         )
 
     def forget(self, task: int, kept: Tensor) -> None:
@@ -299,65 +295,70 @@ class Method:
             task: its index.
             kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
         """
-        seen_from = self.rows.reference
+        seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
+        for part in self.by_row:
+            part.forget(stays)
         self.heads.forget(task, kept)
         self.rows.forget(task, kept)
         if self.imprinted and not torch.equal(seen_from, self.rows.reference):
             # Heads began as classifiers seen from what is forgotten now, and those to come cannot be.
             self.heads.shift(*self.rows.seen_from(seen_from))
 
-    def task_posterior(self, log_q: Tensor) -> Tensor:
-        """Log p(t|f) (n, T) from the posterior over rows (n, R)."""
+    def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
+        """Log p(t|f) (n, T) from the pass and the posterior over rows (n, R)."""
         return self.rows.by_task(log_q)
-
-    def gate_weights(self) -> Tensor | None:
-        """Weights of the residual adapters in the latest forward pass (n, T)."""
-        return None
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned so far, by name; valid between tasks."""
-        tensors = {f"heads.{name}": x for name, x in self.heads.state_dict().items()}
-        tensors |= {f"rows.{name}": x for name, x in self.rows.state().items()}
-        tensors |= {f"adapters.{name}": x.detach() for name, x in self.adapters.state_dict().items()}
-        return tensors
+        return dict(self.learned.state_dict())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave; tensors are on the CPU."""
-        self.heads.load_state(part(tensors, "heads"))
-        self.rows.load_state(part(tensors, "rows"))
-        for task in range(len(self.heads.tasks)):
-            self.grow(task)
-        self.adapters.load_state_dict(part(tensors, "adapters"))
-        for wrapper in self.beside.values():
-            wrapper.merge()
+        """Restores what :meth:`state` gave.
 
-    @torch.no_grad()
-    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """Fills a new method with random numbers of the shapes that learning these tasks would leave.
-
-        For measurements: what a pass costs depends on how much has been learned, not on what. The state can
-        be saved, loaded and trained on like any other.
+        Raises:
+            ValueError: tensors are missing, or are not of this method and configuration.
         """
-        for task in tasks:
-            self.heads.open(len(task.classes), self.generator(task.index))
-            self.pretend(task.index)
-        self.heads.requires_grad_(False)
-        generator = self.generator(len(tasks), purpose=9)
-        self.rows.simulate([len(task.classes) for task in tasks], generator)
-        for parameter in self.adapters.parameters():
-            if not parameter.any():  # what starts at zero would be moved by training
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        heads = [name for name in tensors if name.startswith("heads.") and name.endswith(".weight")]
+        for task in range(len(heads)):
+            self.grow(task)
+        try:
+            self.learned.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        self.restored()
+
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Describes a saved state: what it holds beside the projections of the adapted layers.
+
+        Args:
+            config: the model's configuration.
+            tensors: the saved state.
+        """
+        return []
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """In a word, the part of a saved state that a tensor belongs to."""
+        part = name.split(".")[0]
+        return {"rows": "class rows"}.get(part, part)
+
+    def restored(self) -> None:
+        """After a load: what follows from the learned state and is not saved."""
         for wrapper in self.beside.values():
             wrapper.merge()
+
+    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
+        """For measurements: random numbers for what is learned beside heads, rows and adapters."""
 
     def pretend(self, task: int) -> None:
-        """As :meth:`grow` for :meth:`simulate`; a method may draw what takes long in a shorter way."""
+        """As :meth:`grow`, for measurements; a method may draw what takes long in a shorter way."""
         self.grow(task)
 
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
         """Adds the task's rows on features (n, row_dim) and fits their temperature; called once a task."""
         self.rows.replace(task.index, ClassMoments.of(features, labels, len(task.classes)))
-        self.rows.fit(task.index, features, labels)
+        self.rows.fit_temperature(task.index, features, labels)
 
     @torch.no_grad()
     def observe(self, loader: Loader) -> tuple[Tensor, Tensor]:
@@ -365,25 +366,26 @@ class Method:
         features, labels = zip(*((self.features(b.images), b.labels) for b in loader()), strict=True)
         return parallel.gather(torch.cat(features)), parallel.gather(torch.cat(labels))
 
-    def generator(self, task: int, purpose: int = 0) -> torch.Generator:
-        """Random numbers for a task's initialisation, the same on every device and after every resume.
+    @contextmanager
+    def lesson(self, config: MethodConfig, seed: int) -> Iterator[None]:
+        """Inside, tasks are trained with another configuration and seed.
+
+        Args:
+            config: differs from the method's own in how a task is trained, not in what its state means.
+            seed: of the random draws.
+        """
+        before = self.config, self.seed
+        self.config, self.seed = config, seed
+        try:
+            yield
+        finally:
+            self.config, self.seed = before
+
+    def generator(self, task: int, stream: RandomStream = "head") -> torch.Generator:
+        """Random numbers for a use in a task, the same on every device and after every resume.
 
         Args:
             task: index of the task.
-            purpose: 0 for the head; another number for every other use in the same task.
+            stream: what is drawn; every use in a task has a stream of its own.
         """
-        return torch.Generator().manual_seed((purpose * 1_000_033 + self.seed) * 1_000_003 + task)
-
-
-def adapted_layers(backbone: Backbone, first: int | None) -> list[int]:
-    """Layers that carry adapters: from ``first`` (default ``max(1, depth // 3)``) to the top.
-
-    Raises:
-        DualLoRAError: if no layer is left.
-    """
-    start = max(1, backbone.depth // 3) if first is None else first
-    if not start < backbone.depth:
-        raise DualLoRAError(
-            f"first_adapted_layer must be below {backbone.depth}, the backbone's depth, not {start}."
-        )
-    return list(range(start, backbone.depth))
+        return generator(self.seed, task, stream)

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Batch, Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch, Loader, TaskInfo
 
 
 @dataclass(frozen=True)
-class RoutedLoRAConfig(MethodConfig):
+class RoutedLoRAConfig(AdapterFields, MethodConfig):
     """Fields of C-LoRA.
 
     Attributes:
         rank: r, rank of the shared pair A, B and size of the routing matrix R (r x r).
         orthogonality: lambda, weight of the penalty that keeps R_delta orthogonal to R_old.
         shared_rate: learning rate of A and B after the first task, as a share of ``learning_rate``.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
     """
 
-    rank: int = 20
     orthogonality: float = 0.01
     shared_rate: float = 0.1
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class Routed(nn.Module):
@@ -85,9 +80,11 @@ class RoutedLoRA(Method):
     reconstruction = True
     config: RoutedLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: RoutedLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        generator = self.generator(0, purpose=1)
+    def __init__(
+        self, backbone: Backbone, config: RoutedLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        generator = self.generator(0, "adapter")
         self.attach(
             config.first_adapted_layer,
             config.projections,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +11,26 @@ from torch.nn import functional as F
 
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Batch, Method
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
-class SharedLoRAConfig(MethodConfig):
+class SharedLoRAConfig(AdapterFields, MethodConfig):
     """Fields of CLoRA.
 
     Attributes:
         rank: r; each shared pair has rank r/2 (rounded up).
         pairs: n, number of shared pairs (D_i, U_i).
         diversity: weight of SADE, the mean squared cosine between different shared matrices.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("pairs",)
 
-    rank: int = 20
     pairs: int = 4
     diversity: float = 0.1
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class Bases(nn.Module):
@@ -100,9 +95,11 @@ class SharedLoRA(Method):
     reconstruction = True
     config: SharedLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SharedLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        generator, made = self.generator(0, purpose=1), list[Bases]()
+    def __init__(
+        self, backbone: Backbone, config: SharedLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        generator, made = self.generator(0, "adapter"), list[Bases]()
 
         def make(dim: int, out: int) -> Combined:
             if not made:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.prefix import halves, prefixed, put_prefixes
+from duallora.adapters.prefix import halves, put_prefixes
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Method
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
@@ -101,24 +103,26 @@ class CodaPrompt(Method):
     forward_passes: ClassVar[int] = 2
     config: CodaPromptConfig
 
-    def __init__(self, backbone: Backbone, config: CodaPromptConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        self.prefixes = put_prefixes(backbone, range(min(config.layers, backbone.depth)))
+    def __init__(
+        self, backbone: Backbone, config: CodaPromptConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        layers = range(min(config.layers, backbone.depth))
+        self.prefixes = put_prefixes(backbone, layers)
         self.pools = {
-            layer: Components(config.prompt_length, backbone.dim, backbone.feature_dim)
-            for layer in self.prefixes
+            layer: Components(config.prompt_length, backbone.dim, backbone.feature_dim) for layer in layers
         }
-        self.adapters = nn.ModuleDict({str(layer): pool for layer, pool in self.pools.items()})
+        self.adapters.update({str(layer): pool for layer, pool in self.pools.items()})
 
     def grow(self, task: int) -> None:
         """Adds the task's components."""
-        generator = self.generator(task, purpose=1)
+        generator = self.generator(task, "adapter")
         for pool in self.pools.values():
             pool.grow(self.config.components_per_task, generator, self.device)
 
     def pretend(self, task: int) -> None:
         """Components that are random alone: orthogonal ones take minutes for many tasks."""
-        generator, count = self.generator(task, purpose=1), self.config.components_per_task
+        generator, count = self.generator(task, "adapter"), self.config.components_per_task
         for pool in self.pools.values():
             shapes = (
                 (pool.p, (count, pool.length, pool.dim)),
@@ -140,7 +144,7 @@ class CodaPrompt(Method):
         query = self.query(images)
         with torch.autocast(images.device.type, enabled=False):
             prompts = {layer: halves(pool(query)) for layer, pool in self.pools.items()}
-        with prefixed(self.prefixes, prompts):
+        with self.prefixes.holding(prompts):
             features: Tensor = self.backbone(images)
         return features
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duallora.adapters.lora import LowRank
+from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.heads import within_tasks
-from duallora.methods.base import Batch, Loader, Method, Readout, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.classifiers.log_probabilities import within_tasks
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
 
 # Added to the logs of tasks not chosen: nothing in a sum, and yet it leaves their classes apart in fp32.
@@ -23,25 +26,19 @@ _OTHER_TASK = -50.0
 
 
 @dataclass(frozen=True)
-class CoLoRConfig(MethodConfig):
+class CoLoRConfig(AdapterFields, MethodConfig):
     """Fields of CoLoR.
 
     Attributes:
         rank: r, rank of each task's adapter.
         centres: k-means centres of a task, at most as many as it has different images; null is twice its
             classes (class-incremental), the paper's domain-incremental streams have 5.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("centres",)
 
-    rank: int = 20
     centres: int | None = None
     projections: Literal["qv", "kv", "qkv"] = "qv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class PerTask(nn.Module):
@@ -50,16 +47,13 @@ class PerTask(nn.Module):
     Args:
         dim: d.
         out: columns written.
-
-    Attributes:
-        active: the acting task; (B,) one for each image; None for none.
+        active: the task that acts in a pass; (B,) one for each image; None for none.
     """
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, active: PerPass[int | Tensor]) -> None:
         super().__init__()
-        self.dim, self.out = dim, out
+        self.dim, self.out, self.active = dim, out, active
         self.pairs = nn.ModuleList()
-        self.active: int | Tensor | None = None
 
     def open(self, rank: int, generator: torch.Generator, device: torch.device) -> None:
         """Adds the pair of a new task and freezes the others."""
@@ -74,12 +68,13 @@ class PerTask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """(B, N, d) -> (B, N, out)."""
-        if self.active is None:
+        active = self.active.get()
+        if active is None:
             return None
-        if isinstance(self.active, int):
-            one: Tensor = self.pairs[self.active](x)
+        if isinstance(active, int):
+            one: Tensor = self.pairs[active](x)
             return one
-        a, b = (torch.stack([getattr(pair, name) for pair in self.pairs])[self.active] for name in "ab")
+        a, b = (torch.stack([getattr(pair, name) for pair in self.pairs])[active] for name in "ab")
         return torch.bmm(torch.bmm(x, a), b)
 
 
@@ -93,23 +88,41 @@ class CoLoR(Method):
     forward_passes = 2
     config: CoLoRConfig
 
-    def __init__(self, backbone: Backbone, config: CoLoRConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        self.attach(config.first_adapted_layer, config.projections, PerTask)
+    def __init__(
+        self, backbone: Backbone, config: CoLoRConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        self.active: PerPass[int | Tensor] = PerPass()
+        self.attach(
+            config.first_adapted_layer, config.projections, lambda dim, out: PerTask(dim, out, self.active)
+        )
         self.updates = [update for update in self.adapters.values() if isinstance(update, PerTask)]
-        self.centres = torch.zeros(0, backbone.feature_dim, device=self.device)
-        self.centre_task = torch.zeros(0, dtype=torch.long, device=self.device)
-        self._chosen: Tensor | None = None  # only while logits() runs
+        none = torch.zeros(0, backbone.feature_dim, device=self.device)
+        self._set_centres(none, torch.zeros(0, dtype=torch.long, device=self.device))
+
+    @property
+    def centres(self) -> Tensor:
+        """Of all tasks (K, feature_dim)."""
+        return self.learned.get_buffer("centres")
+
+    @property
+    def centre_task(self) -> Tensor:
+        """The task of each centre (K,)."""
+        return self.learned.get_buffer("centre_task")
+
+    def _set_centres(self, centres: Tensor, task: Tensor) -> None:
+        self.learned.register_buffer("centres", centres)
+        self.learned.register_buffer("centre_task", task)
 
     def grow(self, task: int) -> None:
         """A pair in every adapted layer."""
-        generator = self.generator(task, purpose=1)
+        generator = self.generator(task, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator, self.device)
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the current classes, with the current task's LoRA for every image."""
-        with self.autocast(), self.acting(len(self.heads.tasks) - 1):
+        with self.context.autocast(), self.acting(len(self.heads.tasks) - 1):
             features = self.backbone(batch.images).float()
         return F.cross_entropy(self.heads.current(features), batch.labels)
 
@@ -118,20 +131,20 @@ class CoLoR(Method):
         with torch.no_grad():
             features = parallel.gather(torch.cat([self.query(batch.images) for batch in loader()]))
         wanted = 2 * len(task.classes) if self.config.centres is None else self.config.centres
-        seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, purpose=2)))
+        seed = int(torch.randint(2**31, (1,), generator=self.generator(task.index, "centres")))
         found = _centres(features, wanted, seed).to(self.device)
-        self.centres = torch.cat([self.centres, found])
-        self.centre_task = torch.cat([self.centre_task, self.centre_task.new_full((len(found),), task.index)])
+        of_task = self.centre_task.new_full((len(found),), task.index)
+        self._set_centres(torch.cat([self.centres, found]), torch.cat([self.centre_task, of_task]))
         super().consolidate(task, loader)
 
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With random centres."""
-        super().simulate(tasks)
         counts = [2 * len(t.classes) if self.config.centres is None else self.config.centres for t in tasks]
-        width, generator = self.backbone.feature_dim, self.generator(0, purpose=8)
-        self.centres = torch.randn(sum(counts), width, generator=generator).to(self.device)
-        self.centre_task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts)).to(self.device)
+        width, generator = self.backbone.feature_dim, self.generator(0, "measurement")
+        task = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))
+        centres = torch.randn(sum(counts), width, generator=generator)
+        self._set_centres(centres.to(self.device), task.to(self.device))
 
     def choose(self, images: Tensor) -> Tensor:
         """Task (n,) of the nearest centre, for images (n, 3, H, W)."""
@@ -140,39 +153,27 @@ class CoLoR(Method):
         far = torch.cdist(features, self.centres, compute_mode="donot_use_mm_for_euclid_dist")
         return self.centre_task[far.argmin(1)]
 
+    def encode(self, images: Tensor) -> Encoding:
+        """A forward pass, each image with the LoRA of its chosen task."""
+        chosen = self.choose(images)
+        with self.acting(chosen):
+            return Encoding(self.backbone(images).float(), chosen=chosen)
+
     def extract(self, images: Tensor) -> Tensor:
         """Features (n, d), each image with the LoRA of its chosen task."""
-        with self.acting(self.choose(images) if self._chosen is None else self._chosen):
-            features: Tensor = self.backbone(images)
-        return features
+        return self.encode(images).features
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Readout:
-        """Readouts of a batch; features and heads go by one choice of task."""
-        self._chosen = self.choose(images)
-        try:
-            return super().logits(images)
-        finally:
-            self._chosen = None
-
-    def head_logits(self, features: Tensor) -> Tensor:
+    def head_logits(self, encoding: Encoding) -> Tensor:
         """Log-probabilities inside each task (n, R); rows of the tasks that were not chosen are far below."""
         row_task = self.rows.row_task
-        rows = within_tasks(super().head_logits(features), row_task, len(self.heads.tasks))
-        if self._chosen is None:
+        rows = within_tasks(super().head_logits(encoding), row_task, len(self.heads.tasks))
+        if encoding.chosen is None:
             return rows
-        return rows + _OTHER_TASK * (row_task != self._chosen[:, None])
+        return rows + _OTHER_TASK * (row_task != encoding.chosen[:, None])
 
-    @contextmanager
-    def acting(self, tasks: int | Tensor) -> Iterator[None]:
-        """The LoRA of one task, or of one per image, acts inside this context alone."""
-        try:
-            for update in self.updates:
-                update.active = tasks
-            yield
-        finally:
-            for update in self.updates:
-                update.active = None
+    def acting(self, tasks: int | Tensor) -> AbstractContextManager[int | Tensor]:
+        """The LoRA of one task, or of one per image, acts in passes inside this context alone."""
+        return self.active.holding(tasks)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """With the last class of a task also its centres, so that its LoRA is never chosen, and that LoRA."""
@@ -180,19 +181,9 @@ class CoLoR(Method):
         if bool(kept.any()):
             return
         mine = self.centre_task == task
-        self.centres, self.centre_task = self.centres[~mine], self.centre_task[~mine]
+        self._set_centres(self.centres[~mine], self.centre_task[~mine])
         for update in self.updates:
             update.clear(task)
-
-    def state(self) -> dict[str, Tensor]:
-        """As every method, and the centres (K, d) with their tasks (K,)."""
-        return super().state() | {"centres": self.centres, "centre_task": self.centre_task}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.centres = tensors["centres"].to(self.device)
-        self.centre_task = tensors["centre_task"].to(self.device)
 
 
 def _centres(features: Tensor, count: int, seed: int) -> Tensor:

@@ -23,7 +23,7 @@ class MethodConfig:
         optimizer: adam, adamw, or sgd with momentum .9.
         schedule: of the learning rates over a task: one cosine to zero, or none.
         weight_decay: of everything that is trained, as the optimizer has it.
-        calibration: how the calibrated readout joins heads, class model and task identity.
+        calibration: how the calibrated readout joins heads, class statistics and task identity.
         tau: weight of the task posterior with ``calibration="task"``.
     """
 
@@ -54,6 +54,23 @@ class MethodConfig:
         positive = {name for kind in type(self).__mro__ for name in vars(kind).get("positive", ())}
         for field in fields(self):
             _check_field(field.name, getattr(self, field.name), hints[field.name], field.name in positive)
+
+
+@dataclass(frozen=True)
+class AdapterFields:
+    """Fields of every low-rank adapter beside the qkv projections; goes with :class:`MethodConfig`.
+
+    Attributes:
+        rank: r, rank of the adapter.
+        projections: which of q, k and v are adapted.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: learning rate of the adapter.
+    """
+
+    rank: int = 20
+    projections: Literal["kv", "qv", "qkv"] = "kv"
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
 
 
 def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:

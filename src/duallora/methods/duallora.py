@@ -7,61 +7,58 @@ paper's and what is ours stands in ``docs/method.md``, section by section in the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint, part
-from duallora.adapters.inject import wrap_attention
+from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
+from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
+from duallora.storage.learned import SideBySide
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
 
 
 @dataclass(frozen=True)
-class DualLoRAConfig(MethodConfig):
+class DualLoRAConfig(AdapterFields, MethodConfig):
     """Fields of DualLoRA; the first value of a choice is the default.
 
     Attributes:
         rank: r, rank of the orthogonal adapter.
         residual_rank: r_R, rank of the residual adapter.
-        projections: which of q, k and v are adapted.
         moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
         orthogonal_update: A fixed inside the complement, or trained and projected after each step.
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from; by default there is none (docs/residual.md).
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
-        first_adapted_layer: layers below carry no adapters; null is ``max(1, depth // 3)``.
         top_tasks: most residual adapters that act on one image.
-        learning_rate: learning rate of the adapters.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
-    rank: int = 20
     residual_rank: int = 10
-    projections: Literal["kv", "qv", "qkv"] = "kv"
     moments: Literal["tokens", "class_token"] = "tokens"
     orthogonal_update: Literal["designed", "projected"] = "designed"
     energy_threshold: float = 0.95
     residual: Literal["none", "next", "protected", "own"] = "none"
     relevance: Literal["gaussian", "energy"] = "gaussian"
     gate: Literal["first", "layer", "off"] = "first"
-    first_adapted_layer: int | None = None
     top_tasks: int = 4
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses combinations that contradict each other.
@@ -99,8 +96,10 @@ class DualLoRA(Method):
     imprinted: ClassVar[bool] = True
     config: DualLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: DualLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: DualLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         check_moments(backbone, config.moments)
         layers = adapted_layers(backbone, config.first_adapted_layer)
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
@@ -115,6 +114,13 @@ class DualLoRA(Method):
         if config.residual != "none" or self.memory.points:
             for layer, module in self.adapted.items():
                 module.gate = lambda x, layer=layer: self.memory.gate(layer, x)
+        layers_of = nn.ModuleDict()
+        for layer, module in self.adapted.items():
+            places = {g: SideBySide(module.groups[g], self.subspaces[layer, g]) for g in groups}
+            layers_of[str(layer)] = nn.ModuleDict(places)
+        self.learned.add_module("layers", layers_of)
+        points = {str(layer): point for layer, point in self.memory.points.items()}
+        self.learned.add_module("gate", nn.ModuleDict(points))
         self._taken: dict[Place, Tensor] = {}  # span of Phi and Psi_t, only with the projected update
 
     # -- before the task -------------------------------------------------------------------------------------
@@ -163,10 +169,11 @@ class DualLoRA(Method):
         adapters = [p for m in self.adapted.values() for p in m.parameters() if p.requires_grad]
         return [*super().parameter_groups(), {"params": adapters, "lr": self.config.learning_rate}]
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
-        with self.memory.own_images(batch.labels, batch.indices):
-            return super().loss(batch)
+        with self.context.autocast():
+            features = self.encode(batch.images, (batch.labels, batch.indices)).features
+        return F.cross_entropy(self.heads.current(features), batch.labels)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -217,17 +224,29 @@ class DualLoRA(Method):
 
     # -- readouts --------------------------------------------------------------------------------------------
 
-    def task_posterior(self, log_q: Tensor) -> Tensor:
+    def encode(self, images: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Encoding:
+        """A forward pass with the gate's weights.
+
+        Args:
+            images: (n, 3, H, W).
+            own: labels and indices (n,) of images of the current task: each is left out of its own gate row.
+        """
+        with self.memory.reading(own) as seen:
+            features = self.backbone(images).float()
+        gate = None if self.config.residual == "none" else seen.mean_weights
+        return Encoding(features, gate, seen.features)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features (n, row_dim) of images that may be of any task."""
+        return self.encode(images).features
+
+    def task_posterior(self, encoding: Encoding, log_q: Tensor) -> Tensor:
         """From the rows on the final feature; by energy with ``calibration="task"`` from the gate's."""
         if self.config.relevance == "energy" and self.config.calibration == "task":
             layer, point = next(iter(self.memory.points.items()))
             if point.energy is not None:
-                return point.energy.log_posterior(self.memory.features[layer])
-        return super().task_posterior(log_q)
-
-    def gate_weights(self) -> Tensor | None:
-        """Weights of the residual adapters in the latest pass (n, T)."""
-        return None if self.config.residual == "none" else self.memory.mean_weights()
+                return point.energy.log_posterior(encoding.gate_features[layer])
+        return super().task_posterior(encoding, log_q)
 
     # -- forgetting ------------------------------------------------------------------------------------------
 
@@ -246,29 +265,35 @@ class DualLoRA(Method):
 
     # -- state -----------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Updates, bases, subspaces, gate points, heads and rows."""
-        tensors = super().state()
-        for (layer, group), subspace in self.subspaces.items():
-            place = f"layers.{layer}.{group}"
-            tensors |= {f"{place}.{name}": x for name, x in self.adapted[layer].groups[group].state().items()}
-            tensors[f"{place}.phi"] = subspace.phi
-            tensors[f"{place}.sizes"] = torch.tensor(subspace.sizes, dtype=torch.long)
-        for layer, point in self.memory.points.items():
-            tensors |= {f"gate.{layer}.{name}": x for name, x in point.state().items()}
-        return tensors
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """Adapters and ``Phi`` of every layer and group."""
+        found: dict[Place, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, layer, group, rest = name.split(".", 3)
+                found[int(layer), group][rest] = tensor
+        return [
+            AdaptedPlace(
+                layer,
+                group,
+                *saved_ranks(own),
+                own["sizes"].tolist(),
+                own["phi"].shape[0] - own["phi"].shape[1],
+            )
+            for (layer, group), own in sorted(found.items())
+        ]
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        for (layer, group), subspace in self.subspaces.items():
-            own = part(tensors, f"layers.{layer}.{group}")
-            subspace.phi, subspace.sizes = own["phi"].cpu(), own["sizes"].tolist()
-            self.adapted[layer].groups[group].load_state({name: x.to(self.device) for name, x in own.items()})
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """Orthogonal and residual adapters, bases and the gate beside what every method has."""
+        return part_of_place(name.split(".", 3)[3]) if name.startswith("layers.") else super().part_of(name)
+
+    def restored(self) -> None:
+        """Merges the updates; the gate knows as many tasks as there are heads."""
+        super().restored()
         for module in self.adapted.values():
             module.refresh()
-        for layer, point in self.memory.points.items():
-            point.load_state(part(tensors, f"gate.{layer}"))
         self.memory.tasks = len(self.heads.tasks)
 
     @torch.no_grad()
@@ -277,8 +302,7 @@ class DualLoRA(Method):
 
         Until then it grows by a twentieth of all directions a task, about as on real images.
         """
-        super().simulate(tasks)
-        config, generator = self.config, self.generator(0, purpose=8)
+        config, generator = self.config, self.generator(0, "measurement")
         wide = config.residual_rank if config.residual != "none" else 0
         for (layer, group), subspace in self.subspaces.items():
             module = self.adapted[layer]
@@ -289,7 +313,8 @@ class DualLoRA(Method):
             room = max(module.dim - config.rank - config.residual_rank, 0)
             columns = min(max(module.dim // 20, 1) * len(tasks), room)
             subspace.phi = random_basis(module.dim, columns, generator)
-            subspace.sizes = [len(share) for share in torch.arange(columns).tensor_split(max(len(tasks), 1))]
+            shares = torch.arange(columns).tensor_split(max(len(tasks), 1))
+            subspace.sizes = torch.tensor([len(share) for share in shares])
         for module in self.adapted.values():
             module.refresh()
         for point in self.memory.points.values():
@@ -325,7 +350,7 @@ class DualLoRA(Method):
         """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
         by_layer = {layer: block for (layer, _), block in blocks.items()}
         for layer, point in self.memory.points.items():
-            point.observe(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
+            point.learn(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
 
     @torch.no_grad()
@@ -341,11 +366,12 @@ class DualLoRA(Method):
         gathered: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.points}
         with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
             for batch in loader():
-                with self.memory.own_images(batch.labels, batch.indices) if own else nullcontext():
-                    features.append(self.features(batch.images))
+                with self.context.autocast():
+                    seen = self.encode(batch.images, (batch.labels, batch.indices) if own else None)
+                features.append(seen.features)
                 labels.append(batch.labels)
                 for layer, found in gathered.items():
-                    found.append(self.memory.features[layer])
+                    found.append(seen.gate_features[layer])
         gate = {layer: parallel.gather(torch.cat(found)) for layer, found in gathered.items()}
         joined = (parallel.gather(torch.cat(parts)) for parts in (features, labels))
         return _Seen(moments, gate, *joined)

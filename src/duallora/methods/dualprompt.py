@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.prefix import Prefix, halves, prefixed, put_prefixes, small, uniform
+from duallora.adapters.prefix import Prefix, halves, put_prefixes, small, uniform
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Method
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,12 @@ class DualPrompt(Method):
     forward_passes: ClassVar[int] = 2
     config: DualPromptConfig
 
-    def __init__(self, backbone: Backbone, config: DualPromptConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: DualPromptConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         g, e = prompted_blocks(config.g_layers, config.e_layers, backbone.depth)
-        generator = self.generator(0, purpose=1)
+        generator = self.generator(0, "adapter")
         general = [uniform(config.g_length, backbone.dim, generator=generator) for _ in range(g)]
         self.general = nn.ParameterList(nn.Parameter(prompt.to(self.device)) for prompt in general)
         self.experts = {
@@ -99,11 +103,11 @@ class DualPrompt(Method):
         }
         self.prefixes = put_prefixes(backbone, range(g + e))
         experts = {str(layer): pool for layer, pool in self.experts.items()}
-        self.adapters = nn.ModuleDict({"general": self.general, **experts})
+        self.adapters.update({"general": self.general, **experts})
 
     def grow(self, task: int) -> None:
         """Adds the task's expert prompts and keys."""
-        generator = self.generator(task, purpose=2)
+        generator = self.generator(task, "expert prompts")
         for pool in self.experts.values():
             pool.grow(generator, self.device)
 
@@ -113,7 +117,7 @@ class DualPrompt(Method):
         Both are means over the images.
         """
         task = torch.full_like(batch.labels, len(self.heads.tasks) - 1)
-        with self.autocast():
+        with self.context.autocast():
             query = self.query(batch.images)
             features = self._prompted(batch.images, dict.fromkeys(self.experts, task)).float()
         loss = F.cross_entropy(self.heads.current(features), batch.labels)
@@ -133,7 +137,7 @@ class DualPrompt(Method):
             layer: halves(prompt.expand(images.shape[0], -1, -1)) for layer, prompt in enumerate(self.general)
         }
         prefixes |= {layer: halves(self.experts[layer](task)) for layer, task in chosen.items()}
-        with prefixed(self.prefixes, prefixes):
+        with self.prefixes.holding(prefixes):
             features: Tensor = self.backbone(images)
         return features
 

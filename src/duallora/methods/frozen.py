@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.interface import Loader, TaskInfo
 
 
 @dataclass(frozen=True)

@@ -8,28 +8,31 @@ here and its trained ``A_t`` is ``U_t^T``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duallora.adapters.dual_gpm import DualGPM
-from duallora.adapters.dual_lora import AdaptedQKV
-from duallora.adapters.dynamic_memory import part
-from duallora.adapters.inject import wrap_attention
+from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
 from duallora.adapters.moments import Moment, TokenReader, gather_moments
 from duallora.adapters.subspace import energy_share, random_basis
+from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Loader, Method, TaskInfo, adapted_layers
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import AdaptedPlace, Loader, TaskInfo
+from duallora.storage.learned import SideBySide
 
 
 @dataclass(frozen=True)
-class InfLoRAConfig(MethodConfig):
+class InfLoRAConfig(AdapterFields, MethodConfig):
     """Fields of InfLoRA.
 
     Attributes:
@@ -37,15 +40,10 @@ class InfLoRAConfig(MethodConfig):
         lamb: eps of the first task, share of the squared eigenvalues that is protected; it grows with the
             tasks, see ``energy_share``.
         projections: which of q, k and v are adapted; they share a down-projection.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the up-projection.
     """
 
-    rank: int = 20
     lamb: float = 0.98
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         """Refuses a share that is none.
@@ -69,12 +67,15 @@ class InfLoRA(Method):
     leaves = "its share of the pooled covariance and of the bases, and of an update that is summed up already"
     config: InfLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: InfLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: InfLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         layers, group = adapted_layers(backbone, config.first_adapted_layer), config.projections
         self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, [group]))
-        self.adapters = nn.ModuleDict({str(layer): m.groups[group] for layer, m in self.adapted.items()})
-        self.memory = {layer: DualGPM(module.dim) for layer, module in self.adapted.items()}
+        self.gpm = {layer: DualGPM(module.dim) for layer, module in self.adapted.items()}
+        places = {str(n): SideBySide(m.groups[group], self.gpm[n]) for n, m in self.adapted.items()}
+        self.learned.add_module("layers", nn.ModuleDict(places))
         self.reader = TokenReader(backbone.has_class_token, backbone.num_prefix_tokens)
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
@@ -83,11 +84,11 @@ class InfLoRA(Method):
         group = self.config.projections
         if len(task.classes) == 1 or not self.config.rank:
             return
-        with self._moments() as moments, torch.no_grad(), self.autocast():
+        with self._moments() as moments, torch.no_grad(), self.context.autocast():
             for batch in loader():
                 self.backbone.project(batch.images, max(self.adapted))
-        for layer, memory in self.memory.items():
-            d = memory.design(moments[layer, group].value, self.config.rank).float().to(self.device)
+        for layer, gpm in self.gpm.items():
+            d = gpm.design(moments[layer, group].value, self.config.rank).float().to(self.device)
             if not d.shape[1]:
                 warnings.warn(
                     f"layer {layer}: no direction is left outside the earlier tasks' subspace; nothing is "
@@ -95,6 +96,12 @@ class InfLoRA(Method):
                     stacklevel=2,
                 )
             self.adapted[layer].groups[group].begin(task.index, d, d[:, :0])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """``U_t`` beside the head."""
+        trained = [p for m in self.adapted.values() for p in m.parameters() if p.requires_grad]
+        rate = self.config.learning_rate
+        return [*super().parameter_groups(), *([{"params": trained, "lr": rate}] if trained else [])]
 
     @torch.no_grad()
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
@@ -109,23 +116,22 @@ class InfLoRA(Method):
         with self._moments() as moments:
             features, labels = self.observe(loader)
         share = energy_share(self.config.lamb, task.index)
-        for layer, memory in self.memory.items():
-            memory.grow(moments[layer, group].value, share)
+        for layer, gpm in self.gpm.items():
+            gpm.grow(moments[layer, group].value, share)
         self.remember(task, features, labels)
 
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With random factors of every task, and a basis of ``rank`` more columns for each."""
-        super().simulate(tasks)
-        generator, rank = self.generator(0, purpose=8), self.config.rank
-        for layer, memory in self.memory.items():
+        generator, rank = self.generator(0, "measurement"), self.config.rank
+        for layer, gpm in self.gpm.items():
             module = self.adapted[layer]
             for task in tasks:
                 d = random_basis(module.dim, rank, generator).float().to(self.device)
                 module.groups[self.config.projections].simulate(task.index, d, d[:, :0], generator)
             module.refresh()
             columns = min(rank * len(tasks), module.dim // 2)
-            memory.basis = random_basis(module.dim, columns, generator)
+            gpm.basis = random_basis(module.dim, columns, generator)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """With the last class of a task also ``D_t U_t``, while it is apart; the basis stays."""
@@ -134,24 +140,31 @@ class InfLoRA(Method):
             for module in self.adapted.values():
                 module.forget(task)
 
-    def state(self) -> dict[str, Tensor]:
-        """Merged updates, and per layer the basis and which of the two it is."""
-        tensors = super().state()
-        for layer, memory in self.memory.items():
-            adapter = self.adapted[layer].groups[self.config.projections]
-            tensors |= {f"layers.{layer}.{name}": x for name, x in adapter.state().items()}
-            tensors[f"layers.{layer}.basis"] = memory.basis
-            tensors[f"layers.{layer}.retain"] = torch.tensor(int(memory.retain))
-        return tensors
+    @classmethod
+    def places(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[AdaptedPlace]:
+        """The merged update and the basis of every layer."""
+        found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if name.startswith("layers."):
+                _, number, rest = name.split(".", 2)
+                found[int(number)][rest] = tensor
+        places = []
+        for layer, own in sorted(found.items()):
+            dim, columns = own["basis"].shape
+            free = columns if bool(own["retain"]) else dim - columns
+            rank, residual = saved_ranks(own)
+            places.append(AdaptedPlace(layer, config["projections"], rank, residual, [], free))
+        return places
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        for layer, memory in self.memory.items():
-            own, module = part(tensors, f"layers.{layer}"), self.adapted[layer]
-            memory.basis, memory.retain = own["basis"].cpu(), bool(own["retain"])
-            update = {name: x.to(self.device) for name, x in own.items()}
-            module.groups[self.config.projections].load_state(update)
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        """The update and the bases beside what every method has."""
+        return part_of_place(name.split(".", 2)[2]) if name.startswith("layers.") else super().part_of(name)
+
+    def restored(self) -> None:
+        """Merges the updates."""
+        super().restored()
+        for module in self.adapted.values():
             module.refresh()
 
     def _moments(self) -> AbstractContextManager[dict[tuple[int, str], Moment]]:

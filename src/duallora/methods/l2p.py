@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from duallora.adapters.prefix import ExtraTokens, small, uniform
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
-from duallora.methods.base import Batch, Method
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,20 @@ class L2P(Method):
     forward_passes: ClassVar[int] = 2
     config: L2PConfig
 
-    def __init__(self, backbone: Backbone, config: L2PConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        size, generator = config.pool_size, self.generator(0, purpose=1)
+    def __init__(
+        self, backbone: Backbone, config: L2PConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        size, generator = config.pool_size, self.generator(0, "adapter")
         prompts = uniform(size, config.prompt_length, backbone.dim, generator=generator)
         keys = small(size, backbone.feature_dim, generator=generator)
         self.pool = Pool(prompts, keys).to(self.device)
-        self.adapters = nn.ModuleDict({"pool": self.pool})
+        self.adapters.update({"pool": self.pool})
         self.tokens = ExtraTokens(backbone)
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy on the current classes, less the mean cosine of queries with the keys they chose."""
-        with self.autocast():
+        with self.context.autocast():
             features, similarity = self._prompted(batch.images)
         loss = F.cross_entropy(self.heads.current(features.float()), batch.labels)
         return loss - self.config.pull * similarity.mean()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.interface import Encoding, Loader, TaskInfo
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class NCM(Method):
         means = self.final(self.rows.moments.mean[self.rows.task == task.index])  # (|Y_t|, d), fp64
         self.heads.tasks[task.index].weight.copy_(F.normalize(means))  # type: ignore[operator]
 
-    def head_logits(self, features: Tensor) -> Tensor:
+    def head_logits(self, encoding: Encoding) -> Tensor:
         """Scaled cosines to all prototypes (n, R); the heads' biases are zero."""
-        logits: Tensor = self.config.scale * self.heads(F.normalize(self.final(features)))
+        logits: Tensor = self.config.scale * self.heads(F.normalize(self.final(encoding.features)))
         return logits

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from duallora.adapters.task_loras import Pairs
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Batch, Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Batch, Loader, TaskInfo
 
 
 @dataclass(frozen=True)
-class OLoRAConfig(MethodConfig):
+class OLoRAConfig(AdapterFields, MethodConfig):
     """Fields of O-LoRA.
 
     Attributes:
@@ -27,18 +29,13 @@ class OLoRAConfig(MethodConfig):
         lamda_1: weight of the orthogonality term.
         lamda_2: weight of the norm of the new pair.
         overlap: the orthogonality term sums absolute values (the released code) or squares (the paper).
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the pair.
     """
 
-    rank: int = 20
     lamda_1: float = 0.5
     lamda_2: float = 0.0
     overlap: Literal["absolute", "squared"] = "absolute"
     projections: Literal["qv", "kv", "qkv"] = "qv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class OLoRA(Method):
@@ -51,8 +48,10 @@ class OLoRA(Method):
     stores = "a pair a task, heads, class rows"
     config: OLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: OLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: OLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.pairs: list[Pairs] = []
         self.attach(config.first_adapted_layer, config.projections, self._make)
 
@@ -62,7 +61,7 @@ class OLoRA(Method):
 
     def grow(self, task: int) -> None:
         """A pair with zero B in every layer; the earlier ones freeze."""
-        generator = self.generator(task, purpose=1)
+        generator = self.generator(task, "adapter")
         for pairs in self.pairs:
             pairs.open(self.config.rank, generator, self.device)
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from duallora.adapters.dynamic_memory import part
-from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.random_features import RandomFeatureModel
-from duallora.methods.base import Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Encoding, Loader, TaskInfo
 
 
 @dataclass(frozen=True)
-class RanPACConfig(MethodConfig):
+class RanPACConfig(AdapterFields, MethodConfig):
     """Fields of RanPAC.
 
     Attributes:
@@ -28,8 +28,6 @@ class RanPACConfig(MethodConfig):
             fields below, ``epochs``, ``batch_size`` and ``head_learning_rate`` have no effect.
         rank: rank of that LoRA.
         projections: which of q, k and v it adapts.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("random_features", "ridge")
@@ -37,10 +35,6 @@ class RanPACConfig(MethodConfig):
     random_features: int = 2000
     ridge: float | None = None
     first_session: bool = False
-    rank: int = 20
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class RanPAC(Method):
@@ -51,18 +45,16 @@ class RanPAC(Method):
     leaves = "its share of the pooled covariance, of G and of what a first session trained"
     config: RanPACConfig
 
-    def __init__(self, backbone: Backbone, config: RanPACConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: RanPACConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.ridge = RandomFeatureModel(
             backbone.feature_dim, config.random_features, config.ridge, seed, self.device
         )
+        self.learned.add_module("ridge", self.ridge)
         if config.first_session:
-            generator = self.generator(0, purpose=1)
-            self.attach(
-                config.first_adapted_layer,
-                config.projections,
-                lambda dim, out: LowRank(dim, out, config.rank, generator),
-            )
+            self.attach_lora(config)
 
     def grow(self, task: int) -> None:
         """The adapter is frozen from the second task on."""
@@ -95,12 +87,11 @@ class RanPAC(Method):
     @torch.no_grad()
     def simulate(self, tasks: Sequence[TaskInfo]) -> None:
         """With a random solution of the regression."""
-        super().simulate(tasks)
-        self.ridge.simulate([len(task.classes) for task in tasks], self.generator(0, purpose=8))
+        self.ridge.simulate([len(task.classes) for task in tasks], self.generator(0, "measurement"))
 
-    def head_logits(self, features: Tensor) -> Tensor:
+    def head_logits(self, encoding: Encoding) -> Tensor:
         """Log-posterior over rows (n, R) of the ridge regression."""
-        return self.ridge.log_q(self.final(features))
+        return self.ridge.log_q(self.final(encoding.features))
 
     def forget(self, task: int, kept: Tensor) -> None:
         """With the columns of Q and of the solution; G is a sum over all images and keeps their share."""
@@ -108,12 +99,3 @@ class RanPAC(Method):
         images = int(self.rows.moments.count[~stays].sum())
         super().forget(task, kept)
         self.ridge.forget(task, stays, images, whole=not bool(kept.any()))
-
-    def state(self) -> dict[str, Tensor]:
-        """With the classifier's projection, sums and solution."""
-        return super().state() | {f"ridge.{name}": x for name, x in self.ridge.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.ridge.load_state(part(tensors, "ridge"))

@@ -14,12 +14,14 @@ from torch import nn
 
 from duallora.adapters.task_loras import Pairs
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Loader, TaskInfo
 
 
 @dataclass(frozen=True)
-class SDLoRAConfig(MethodConfig):
+class SDLoRAConfig(AdapterFields, MethodConfig):
     """Fields of SD-LoRA.
 
     Attributes:
@@ -28,20 +30,15 @@ class SDLoRAConfig(MethodConfig):
         magnitude: where the magnitude of a new direction starts.
         reset_magnitudes: the released behaviour: earlier directions are normalised one by one and all
             magnitudes start anew in every task, so that the model jumps between tasks.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the pair and of all magnitudes.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("magnitude",)
 
-    rank: int = 20
     rank_reduction: bool = False
     magnitude: float = 0.8
     reset_magnitudes: bool = False
     projections: Literal["qv", "kv", "qkv"] = "qv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class SDLoRA(Method):
@@ -56,8 +53,10 @@ class SDLoRA(Method):
     stores = "a pair and a magnitude a task, heads, class rows"
     config: SDLoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SDLoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SDLoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.magnitudes = nn.ParameterList()
         self.pairs: list[Pairs] = []
         self.attach(config.first_adapted_layer, config.projections, self._make)
@@ -70,7 +69,7 @@ class SDLoRA(Method):
 
     def grow(self, task: int) -> None:
         """A pair with zero B in every layer and a magnitude; earlier pairs freeze, magnitudes do not."""
-        rank, generator = self.config.rank, self.generator(task, purpose=1)
+        rank, generator = self.config.rank, self.generator(task, "adapter")
         if self.config.rank_reduction:
             rank = -(-rank * (10, 8, 6)[min(task // 4, 2)] // 10)
         for pairs in self.pairs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
-from duallora.methods.base import Loader, Method, TaskInfo
+from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Loader, TaskInfo
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,23 @@ class SLCA(Method):
     stores = "the whole backbone, heads, a mean and covariance per class"
     config: SLCAConfig
 
-    def __init__(self, backbone: Backbone, config: SLCAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SLCAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         # A module's parameters cannot have dots in their names.
         copies = {name.replace(".", "/"): p.detach().clone() for name, p in backbone.named_parameters()}
         self.adapters["backbone"] = nn.ParameterDict(copies)
         self.gaussians = Gaussians(backbone.feature_dim)
+        self.keep_by_row("gaussians", self.gaussians)
+        self._swapping = threading.Lock()
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the backbone with the trained parameters in the place of its own."""
         copies = {name.replace("/", "."): p for name, p in self.adapters["backbone"].items()}  # type: ignore[operator]
-        features: Tensor = torch.func.functional_call(self.backbone, copies, (images,))
+        # While the call runs, the parameters stand in the one backbone that all threads share.
+        with self._swapping:
+            features: Tensor = torch.func.functional_call(self.backbone, copies, (images,))
         return features
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -92,28 +99,8 @@ class SLCA(Method):
             self.config.samples,
             self.config.refit_epochs,
             self.config.samples,
-            self.generator(task.index, purpose=1),
+            self.generator(task.index, "alignment"),
         )
-
-    @torch.no_grad()
-    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """With Gaussians for every row."""
-        super().simulate(tasks)
-        self.gaussians.simulate(sum(len(task.classes) for task in tasks))
-
-    def forget(self, task: int, kept: Tensor) -> None:
-        """With the Gaussians of the classes."""
-        self.gaussians.forget(self.rows.staying(task, kept))
-        super().forget(task, kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """With the Gaussians."""
-        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.gaussians.load_state(part(tensors, "gaussians"))
 
 
 def normalised_cross_entropy(logits: Tensor, rows: Tensor, task: Tensor, norm: float) -> Tensor:

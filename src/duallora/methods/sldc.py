@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -12,24 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duallora.adapters.dynamic_memory import part
-from duallora.adapters.lora import LowRank
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
-from duallora.methods.base import Batch, Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
+from duallora.methods.interface import Batch, Loader, TaskInfo
 
 
 @dataclass(frozen=True)
-class SLDCConfig(MethodConfig):
+class SLDCConfig(AdapterFields, MethodConfig):
     """Fields of SLDC.
 
     Attributes:
         rank: r, rank of the one adapter that all tasks train.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
-        learning_rate: learning rate of the adapter.
         gamma_kd: weight of the distance to the features of the model before the task.
         gamma_norm: weight of the distance to their norms.
         drift: how rows of earlier tasks follow the features: by a weakly nonlinear map, a linear one, or not.
@@ -42,10 +38,6 @@ class SLDCConfig(MethodConfig):
 
     positive: ClassVar[tuple[str, ...]] = ("drift_steps", "samples", "refit_learning_rate")
 
-    rank: int = 20
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
     gamma_kd: float = 1.0
     gamma_norm: float = 0.1
     drift: Literal["nonlinear", "linear", "none"] = "nonlinear"
@@ -63,15 +55,13 @@ class SLDC(Method):
     stores = "one A and B, heads, a mean and covariance per class"
     config: SLDCConfig
 
-    def __init__(self, backbone: Backbone, config: SLDCConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
-        generator = self.generator(0, purpose=1)
-        self.attach(
-            config.first_adapted_layer,
-            config.projections,
-            lambda dim, out: LowRank(dim, out, config.rank, generator),
-        )
+    def __init__(
+        self, backbone: Backbone, config: SLDCConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
+        self.attach_lora(config)
         self.gaussians = Gaussians(backbone.feature_dim)
+        self.keep_by_row("gaussians", self.gaussians)
         self._teacher: list[Tensor | None] = []  # merged weights before the task, while it is learned
         self._start: Tensor | None = None  # features of the task's images with them
 
@@ -122,7 +112,7 @@ class SLDC(Method):
             self.config.samples,
             self.config.refit_epochs,
             4 * len(self.gaussians.mean),
-            self.generator(task.index, purpose=3),
+            self.generator(task.index, "refit"),
         )
 
     def _drift(self, task: TaskInfo, before: Tensor, after: Tensor) -> nn.Module:
@@ -130,7 +120,7 @@ class SLDC(Method):
         if self.config.drift == "linear":
             return linear_map(before, after, self.config.alpha)
         return weakly_nonlinear_map(
-            before, after, self.config.drift_steps, self.generator(task.index, purpose=2)
+            before, after, self.config.drift_steps, self.generator(task.index, "drift")
         )
 
     def _follow(self, task: TaskInfo, before: Tensor, after: Tensor) -> None:
@@ -151,26 +141,6 @@ class SLDC(Method):
         beside = ridge_map(before[:, dim:], after[:, dim:])
         means = torch.cat([moved.double(), mean[:, dim:] @ beside], 1)
         self.rows.move(torch.block_diag(pooled.T, beside), means)
-
-    @torch.no_grad()
-    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """With Gaussians for every row."""
-        super().simulate(tasks)
-        self.gaussians.simulate(sum(len(task.classes) for task in tasks))
-
-    def forget(self, task: int, kept: Tensor) -> None:
-        """With the Gaussians of the classes."""
-        self.gaussians.forget(self.rows.staying(task, kept))
-        super().forget(task, kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """With the Gaussians."""
-        return super().state() | {f"gaussians.{name}": x for name, x in self.gaussians.state().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
-        super().load_state(tensors)
-        self.gaussians.load_state(part(tensors, "gaussians"))
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

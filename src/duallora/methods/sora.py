@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +12,25 @@ from torch.nn import functional as F
 
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
-from duallora.methods.base import Loader, Method, TaskInfo
-from duallora.methods.config import MethodConfig
+from duallora.methods.base import Method
+from duallora.methods.config import AdapterFields, MethodConfig
+from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.interface import Loader, TaskInfo
 from duallora.runtime import parallel
 
 
 @dataclass(frozen=True)
-class SoRAConfig(MethodConfig):
+class SoRAConfig(AdapterFields, MethodConfig):
     """Fields of SoRA.
 
     Attributes:
         rank: r_max, number of gated ranks at the start of every task.
         sparsity: lambda at the end of a task; it rises from 0 in equal steps, and after each optimiser step
             the gate shrinks by lambda times the learning rate of that step.
-        projections: which of q, k and v are adapted.
-        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of A, B and the gate.
     """
 
-    rank: int = 20
     sparsity: float = 3.0
-    projections: Literal["kv", "qv", "qkv"] = "kv"
-    first_adapted_layer: int | None = None
-    learning_rate: float = 2e-3
 
 
 class Gated(nn.Module):
@@ -74,10 +69,12 @@ class Gated(nn.Module):
             torch.cat([self.b, b.to(device)]),
         )
 
-    def resize(self, rank: int) -> None:
-        """Makes room for a stored state of ``rank`` ranks."""
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Makes room for as many ranks as are loaded."""
+        rank = len(state_dict.get(f"{prefix}g", self.g))
         shapes = (self.dim, rank), (rank,), (rank, self.out)
         self.a, self.g, self.b = self._parameters_of(*map(self.g.new_empty, shapes))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def shrink(self, threshold: float) -> None:
@@ -97,8 +94,10 @@ class SoRA(Method):
     stores = "one A, g and B without closed ranks, heads, class rows"
     config: SoRAConfig
 
-    def __init__(self, backbone: Backbone, config: SoRAConfig, seed: int) -> None:
-        super().__init__(backbone, config, seed)
+    def __init__(
+        self, backbone: Backbone, config: SoRAConfig, seed: int, context: MethodContext = ALONE
+    ) -> None:
+        super().__init__(backbone, config, seed, context)
         self.attach(config.first_adapted_layer, config.projections, Gated)
         self.updates = [update for update in self.adapters.values() if isinstance(update, Gated)]
         self.step = self.steps = 0
@@ -113,7 +112,7 @@ class SoRA(Method):
             return  # nothing will be trained
         images = int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))
         self.step, self.steps = 0, self.config.epochs * math.ceil(images / self.config.batch_size)
-        generator = self.generator(task.index, purpose=1)
+        generator = self.generator(task.index, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator)
 
@@ -136,16 +135,7 @@ class SoRA(Method):
             update.prune()
         super().consolidate(task, loader)
 
-    @torch.no_grad()
-    def simulate(self, tasks: Sequence[TaskInfo]) -> None:
-        """With all ranks open, the most that can be left."""
+    def pretend(self, task: int) -> None:
+        """All ranks open, the most that can be left."""
         for update in self.updates:
-            update.open(self.config.rank, self.generator(0, purpose=8))
-        super().simulate(tasks)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what ``state`` gave, each layer with the ranks that it kept."""
-        for layer, update in self.adapters.items():
-            if isinstance(update, Gated):
-                update.resize(len(tensors[f"adapters.{layer}.g"]))
-        super().load_state(tensors)
+            update.open(self.config.rank, self.generator(0, "measurement"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from duallora.metrics import READOUTS
+from duallora.predictions import READOUTS
 
 Results = dict[str, Any]
 

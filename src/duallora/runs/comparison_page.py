@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duallora.metrics import READOUTS
+from duallora.predictions import READOUTS
 from duallora.runs.comparison import ACCURACIES, COSTS, Entry, Figure, Spread, curves, marks, readouts, spread
 from duallora.storage.documents import markdown_table
 

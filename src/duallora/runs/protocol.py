@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duallora import metrics
 from duallora.backbones.backbone import Backbone
 from duallora.backbones.frozen_features import FrozenFeatures
-from duallora.data.image_cache import Memory, keeping
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
+from duallora.predictions import readouts_of
 from duallora.runs import report
+from duallora.runs.metrics import accuracy, count_hits
 from duallora.runs.results import SCHEMA_VERSION, FinalPass, Row, assemble
 from duallora.runs.run_directory import RunDirectory
 from duallora.runtime import parallel
@@ -31,6 +31,7 @@ from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage.documents import percent
 from duallora.streams import Stream, Task, TaskDataset
+from duallora.streams.image_cache import Memory, keeping
 
 
 def run_stream(
@@ -57,7 +58,7 @@ def run_stream(
             one writes; all have to see the folder.
         progress: Takes one line a task.
         backbone: What a resumed learner stands on; where there is none, it is loaded as the model says.
-        features: Features of the bare backbone, for methods that read them; they change no result.
+        features: Features of the bare backbone for a learner that is loaded to go on; a new one has its own.
         evaluate_every: All test images seen so far are looked at after every so many tasks and after the
             last; in between, only the task's own.
 
@@ -88,9 +89,7 @@ def run_stream(
             return finished
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        learner, rows = _start(fresh, backbone, directory, stream, machine, progress)
-        if features is not None:
-            learner.method.cache = features
+        learner, rows = _start(fresh, backbone, directory, stream, machine, progress, features)
         memory = Memory(machine.image_bytes // 2)  # the other half is for the task at hand
         tests = [keeping(t.test, memory, machine.workers, parallel.share(len(t.test))) for t in stream]
         _learn(learner, stream, tests, rows, directory, progress, machine, evaluate_every)
@@ -112,6 +111,7 @@ def _start(
     stream: Stream,
     machine: Machine,
     progress: Progress,
+    features: FrozenFeatures | None,
 ) -> tuple[ContinualLearner, list[Row]]:
     """A new learner, or the one of the interrupted run with the evaluations it had."""
     first = parallel.rank() == 0
@@ -121,7 +121,9 @@ def _start(
         return fresh, []
     # Another process may have begun this run, and ended, since `fresh` took the backbone.
     free = None if fresh is not None else backbone
-    learner = ContinualLearner.load(directory.model, device=machine, progress=progress, backbone=free)
+    learner = ContinualLearner.load(
+        directory.model, device=machine, progress=progress, backbone=free, features=features
+    )
     learned, rows = len(learner.tasks), directory.rows()
     parallel.wait()  # nothing is written before all have read
     if learned > len(stream) or any(
@@ -192,8 +194,8 @@ def _evaluate(
             continue
         outputs = learner.outputs(test)
         labels = _labels(learner, test)
-        for name in metrics.readouts_of(outputs):
-            row.setdefault(name, []).append(metrics.count_hits(outputs, name, labels, task))
+        for name in readouts_of(outputs):
+            row.setdefault(name, []).append(count_hits(outputs, name, labels, task))
     for hits in row.values():
         hits[:0] = [None] * skipped
     return row, outputs.features
@@ -215,7 +217,7 @@ def _tell(stream: Stream, rows: list[Row], directory: RunDirectory, progress: Pr
     if any(None in hits for hits in rows[-1].values()):
         directory.log("learned", task=task, name=stream.tasks[task].name)
         return
-    shares = {name: metrics.accuracy(hits) for name, hits in rows[-1].items()}
+    shares = {name: accuracy(hits) for name, hits in rows[-1].items()}
     directory.log("evaluated", task=task, name=stream.tasks[task].name, accuracy=shares)
     figures = ", ".join(f"{percent(share)} % ({name})" for name, share in shares.items())
     progress.line(f"after task {task + 1} of {len(stream)}: accuracy on all seen test images {figures}")

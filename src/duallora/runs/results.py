@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duallora import metrics
-from duallora.metrics import READOUTS, Hits
+from duallora.predictions import READOUTS, best, calibration_error, class_probabilities, readouts_of
+from duallora.runs.metrics import Hits, count_hits, feature_drift, summary
 from duallora.runtime import parallel
 
 if TYPE_CHECKING:
@@ -69,16 +69,16 @@ class FinalPass:
             features_then: (n, d) final features right after the task was learned.
         """
         task = len(self.drift)
-        for name in metrics.readouts_of(outputs):
-            confidence, correct = metrics.top_class(outputs, name, labels)
-            self.row.setdefault(name, []).append(metrics.count_hits(outputs, name, labels, task))
+        for name in readouts_of(outputs):
+            confidence, found = best(class_probabilities(outputs, name))
+            self.row.setdefault(name, []).append(count_hits(outputs, name, labels, task))
             self.confidence.setdefault(name, []).append(confidence)
-            self.correct.setdefault(name, []).append(correct)
+            self.correct.setdefault(name, []).append(found == labels)
         self.readout = outputs.readout
-        self.probabilities.append(metrics.class_probabilities(outputs, outputs.readout).float())
+        self.probabilities.append(class_probabilities(outputs).float())
         self.posterior_hits.append(int((outputs.task_posterior.argmax(1) == task).sum()))
         self.own_gate.append(None if outputs.gate is None else float(outputs.gate[:, task].double().mean()))
-        self.drift.append(metrics.feature_drift(outputs.features, features_then))
+        self.drift.append(feature_drift(outputs.features, features_then))
 
 
 def assemble(
@@ -177,8 +177,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _readout(name: str, rows: Sequence[Row], final: FinalPass) -> dict[str, Any]:
-    error = metrics.calibration_error(torch.cat(final.confidence[name]), torch.cat(final.correct[name]))
-    return metrics.summary([row[name] for row in rows], error)
+    error = calibration_error(torch.cat(final.confidence[name]), torch.cat(final.correct[name]))
+    return summary([row[name] for row in rows], error)
 
 
 def _posterior_accuracy(final: FinalPass) -> float:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from duallora.errors import DualLoRAError
-from duallora.metrics import Hits
+from duallora.runs.metrics import Hits
 from duallora.runs.results import Row
 from duallora.storage.checkpoint import exclusive, remove_leftovers, write_atomic
 from duallora.storage.documents import finite

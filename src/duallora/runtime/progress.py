@@ -31,6 +31,9 @@ class Progress:
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def begin(self, label: str) -> None:
+        """Names what is done next, of unknown length; said only by those who show one thing at a time."""
+
     def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yields the items with a bar (terminal) or a line every half minute (elsewhere)."""
         if self.quiet:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from duallora.commands.inspect import description
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
+from duallora.methods.saved_state import description
 from duallora.outputs import Prediction
 from duallora.predictions import predictions
 from duallora.runtime.compute import Machine

@@ -221,3 +221,19 @@ def hold_back(dataset: Dataset[Any], every: int = _SHARE_HELD_BACK) -> tuple[Tas
         return view, None
     kept = sorted(set(range(len(view))).difference(held))
     return view.subset(kept), view.subset(sorted(held))
+
+
+def without_empty_classes(dataset: Dataset[Any]) -> tuple[TaskDataset, tuple[str, ...]]:
+    """The data set as a view, and the names its targets refer to; every class has an image.
+
+    Raises:
+        DualLoRAError: if it is empty, or a class has no image.
+    """
+    data = as_task_dataset(dataset)
+    if not len(data):
+        raise DualLoRAError("the data set has no images; give at least one image of one class.")
+    seen = set(data.targets)
+    empty = [name for i, name in enumerate(data.classes) if i not in seen]
+    if empty:
+        raise DualLoRAError(f"class {empty[0]!r} has no images; add some or leave the class out.")
+    return data, tuple(data.classes)

@@ -1,24 +1,22 @@
-"""What one ``duallora learn`` has led to: measured before the model is saved, told afterwards."""
+"""What a learner says of labelled images, before and after it is taught something or forgets it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
-from duallora import metrics
-from duallora.commands import console
 from duallora.errors import CheckFailed
+from duallora.predictions import best, calibration_error, class_probabilities
 from duallora.storage.documents import percent
 
 if TYPE_CHECKING:
     from duallora.learner import ContinualLearner
     from duallora.outputs import TaskRecord
     from duallora.streams import FolderDataset, TaskDataset
-
-_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +38,6 @@ class Comparison:
                 f"{percent(self.after)} % after, a drop of more than --max-drop {max_drop:g}; "
                 "the model is as it was."
             )
-
-    def tell(self) -> None:
-        """Prints both figures."""
-        before, after = percent(self.before), percent(self.after)
-        console.line(f"accuracy on the --check images: {before} % before, {after} % after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +62,10 @@ class Measured:
         if data is None:
             return None
         outputs = learner.outputs(data)
-        confidence, found = metrics.class_probabilities(outputs, outputs.readout).max(dim=1)
+        confidence, found = best(class_probabilities(outputs))
         names = [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, found, strict=True)]
         right = torch.tensor([true == answer for true, answer in names])
-        error = metrics.calibration_error(confidence, right)
+        error = calibration_error(confidence, right)
         return cls(int(right.sum()) / len(right), error, tuple(names), tuple(confidence.tolist()))
 
     def note(self, learner: ContinualLearner) -> TaskRecord:
@@ -84,49 +77,25 @@ class Measured:
         return record
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a task has led to.
+def confused(
+    known: Collection[str], taught: Collection[str], measured: Iterable[Measured | None]
+) -> Counter[str] | None:
+    """Per old class, how many images were mistaken between it and new classes.
 
-    Attributes:
-        held_back: on the held-back images; None where nothing was held back.
-        confused: per old class, how many images were mistaken between it and new classes; None where there
-            are no old or no new classes.
+    Args:
+        known: the classes that the learner knew before a task.
+        taught: the classes of the task.
+        measured: after it; None where there were no images.
+
+    Returns:
+        The counts; None where there are no old classes, no new ones, or no images.
     """
-
-    held_back: Measured | None
-    confused: Counter[str] | None
-
-    @classmethod
-    def of(
-        cls, record: TaskRecord, known: list[str], held_back: Measured | None, check: Measured | None
-    ) -> Outcome:
-        """Compares what was measured after a task with what was known before.
-
-        Args:
-            record: the task.
-            known: the classes that the learner knew before.
-            held_back: on images of the task, which it has not seen.
-            check: on images of classes that it knew before.
-        """
-        new = set(record.classes).difference(known)
-        measured = [each for each in (held_back, check) if each is not None]
-        if not (known and new and measured):
-            return cls(held_back, None)
-        confused: Counter[str] = Counter()
-        for true, found in (names for each in measured for names in each.answers):
-            if (true in new) != (found in new):
-                confused[found if true in new else true] += 1
-        return cls(held_back, confused)
-
-    def tell(self) -> None:
-        """Prints the figures."""
-        if self.held_back is None:
-            console.line("held-back accuracy: not measured, no class has ten images; give some in val/")
-        else:
-            share, error = percent(self.held_back.accuracy), self.held_back.calibration_error
-            console.line(f"held-back accuracy: {share} % on {len(self.held_back.answers)} images")
-            console.line(f"calibration error: {'-' if error is None else f'{error:.3f}'}")
-        if self.confused is not None:
-            worst = ", ".join(f"{name} ({count})" for name, count in self.confused.most_common(_SHOWN))
-            console.line(f"old classes most often confused with the new ones: {worst or 'none'}")
+    new = set(taught).difference(known)
+    there = [each for each in measured if each is not None]
+    if not (known and new and there):
+        return None
+    counts: Counter[str] = Counter()
+    for true, found in (names for each in there for names in each.answers):
+        if (true in new) != (found in new):
+            counts[found if true in new else true] += 1
+    return counts

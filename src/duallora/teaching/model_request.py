@@ -1,4 +1,4 @@
-"""What ``duallora learn`` is asked for, beside the images, compared with what a saved model stores."""
+"""What a lesson asks of a model, beside the images, compared with what the saved model stores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
-from duallora.methods import MethodConfig
 from duallora.storage import checkpoint
 from duallora.storage.atomic import sha256_of
 from duallora.teaching.method_choice import MethodChoice
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
-    """What the command line says of a model; None is what the model stores, or the default of a new one."""
+class ModelRequest:
+    """What is asked of a model; None is what the model stores, or the default of a new one."""
 
     method: MethodChoice
     backbone: str | None = None
@@ -69,14 +68,10 @@ class Wishes:
     @contextmanager
     def granted(self, learner: ContinualLearner) -> Iterator[None]:
         """Inside, the learner trains as asked for; afterwards it is set as before, which is what is saved."""
-        before = learner.config, learner.seed, learner.augment
         config = dataclasses.replace(learner.config, **self.method.fields)
         seed = learner.seed if self.seed is None else self.seed
-        _configure(learner, config, seed, self.augment or learner.augment)
-        try:
+        with learner.lesson(config, seed, self.augment or learner.augment):
             yield
-        finally:
-            _configure(learner, *before)
 
     def _check_backbone(self, stored: dict[str, Any]) -> None:
         name, sha256 = stored["name"], stored["sha256"]
@@ -94,12 +89,6 @@ class Wishes:
                 f"the model was made with a backbone of sha256 {sha256[:12]}, and --backbone-file "
                 f"{self.backbone_file} has {found[:12]}; {remedy}"
             )
-
-
-def _configure(learner: ContinualLearner, config: MethodConfig, seed: int, augment: str) -> None:
-    learner.config = learner.method.config = config
-    learner.seed = learner.method.seed = seed
-    learner.augment = augment
 
 
 def _refuse_foreign(model: Path) -> None:

@@ -1,4 +1,4 @@
-"""The images of one ``duallora learn``: what to learn from, and what is held back to measure on."""
+"""The images of one lesson: what to learn from, and what is held back to measure on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class TrainingImages:
     """Labelled images, all of them decoded once.
 
     Attributes:
@@ -40,7 +40,7 @@ class Lesson:
     seconds: float
 
     @classmethod
-    def read(cls, folder: Path, progress: Progress, *, skip_bad_images: bool) -> Lesson:
+    def read(cls, folder: Path, progress: Progress, *, skip_bad_images: bool) -> TrainingImages:
         """Lists and decodes every image of a folder, so that none can stop the training.
 
         Args:

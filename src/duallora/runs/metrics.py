@@ -1,4 +1,4 @@
-"""Figures of a continual learner, from integer hits.
+"""Figures of a learner on a stream of tasks, from integer hits.
 
 Everything here is a pure function. A test image counts as a hit or not; hits of a task are integers, and a
 fraction is formed once, at the end. Tasks are integers from 0 on, in the order in which they were learned,
@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from duallora.outputs import Outputs
-
-CALIBRATION_BINS = 15
-READOUTS = ("heads", "calibrated")
+from duallora.outputs import Outputs
+from duallora.predictions import class_probabilities, log_rows
 
 Matrix = list[list[float | None]]
 
@@ -36,7 +33,8 @@ class Hits:
         label: The class of largest probability among all seen classes is the right one.
         given_task: The same with the probabilities restricted to the rows of the true task.
         row: The row of largest probability is that of the right class in the right task.
-        task: The row of largest probability belongs to the right task.
+        task: The row of largest probability belongs to the right task. `predict` names the task of largest
+            summed probability instead, which may be another one.
     """
 
     images: int
@@ -48,38 +46,6 @@ class Hits:
 
 Partial = Sequence[Hits | None]
 """Hits after one task on the test images of every task so far."""
-
-
-def log_rows(outputs: Outputs, readout: str) -> Tensor:
-    """Log-probabilities of the rows under a readout, (n, R).
-
-    Raises:
-        ValueError: If the readout is unknown or the method does not have it.
-    """
-    if readout not in READOUTS:
-        raise ValueError(f"unknown readout {readout!r}, expected one of {READOUTS}")
-    scores: Tensor | None = outputs.heads if readout == "heads" else outputs.calibrated
-    if scores is None:
-        raise ValueError("this method has no calibrated probabilities")
-    return scores
-
-
-def readouts_of(outputs: Outputs) -> tuple[str, ...]:
-    """The readouts that the method behind these outputs has."""
-    return READOUTS if outputs.calibrated is not None else READOUTS[:1]
-
-
-def class_probabilities(outputs: Outputs, readout: str) -> Tensor:
-    """Probability of every seen class, the sum over its rows: (n, C), float64, column = class index."""
-    rows = log_rows(outputs, readout).double().exp()
-    classes = int(outputs.row_class.max()) + 1
-    summed = rows.new_zeros(len(rows), classes).index_add_(1, outputs.row_class, rows)
-    return summed.clamp(max=1.0)  # the logs are rounded, and so a sum may be above 1
-
-
-def predicted_tasks(outputs: Outputs, readout: str) -> Tensor:
-    """Task of the row of largest probability, (n,)."""
-    return outputs.row_task[log_rows(outputs, readout).argmax(dim=1)]
 
 
 def count_hits(outputs: Outputs, readout: str, labels: Tensor, task: int) -> Hits:
@@ -95,7 +61,7 @@ def count_hits(outputs: Outputs, readout: str, labels: Tensor, task: int) -> Hit
     own = (outputs.row_task == task).nonzero().squeeze(1)
     best = scores.argmax(dim=1)
     right_task = outputs.row_task[best] == task
-    by_class = class_probabilities(outputs, readout).argmax(dim=1)
+    by_class = class_probabilities(outputs, readout).argmax(dim=1)  # among equals the first, as in `best`
     given_task = outputs.row_class[own[scores[:, own].argmax(dim=1)]]
     return Hits(
         images=len(labels),
@@ -104,34 +70,6 @@ def count_hits(outputs: Outputs, readout: str, labels: Tensor, task: int) -> Hit
         row=int((right_task & (outputs.row_class[best] == labels)).sum()),
         task=int(right_task.sum()),
     )
-
-
-def top_class(outputs: Outputs, readout: str, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest class probability and whether that class is right: two (n,) tensors, float64 and bool."""
-    confidence, predicted = class_probabilities(outputs, readout).max(dim=1)
-    return confidence, predicted == labels
-
-
-def calibration_error(confidence: Tensor, correct: Tensor) -> float | None:
-    """Expected calibration error on the top class, ``sum_b n_b/n |accuracy_b - confidence_b|`` over 15 bins.
-
-    Args:
-        confidence: (n,) probability of the predicted class.
-        correct: (n,) whether the predicted class is right.
-
-    Returns:
-        The error in [0, 1]; None where it is undefined (no image, or a probability that is not finite).
-    """
-    if len(confidence) == 0 or not bool(torch.isfinite(confidence).all()):
-        return None
-    # Here, because importing it takes seconds that a prediction does not need.
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    # torchmetrics gives a probability of exactly 1 a sixteenth bin of its own, and takes values beyond 1
-    # (rounding) for logits: both are avoided by staying just below 1.
-    confidence = confidence.double().clamp(0.0, 1.0 - torch.finfo(torch.float64).eps)
-    error = binary_calibration_error(confidence, correct.long(), n_bins=CALIBRATION_BINS, norm="l1")
-    return float(error)
 
 
 def feature_drift(now: Tensor, then: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from duallora.streams import TaskDataset
+from duallora.streams.task import TaskDataset
 
 _AT_ONCE = 256  # images that threads decode before it is asked whether there is room for more
 _ONE_BYTE = ("1", "L", "P")  # modes that Pillow keeps at one byte a pixel; the others it pads to four

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from duallora import ContinualLearner, DualLoRAConfig, streams
 from duallora import training as train
-from duallora.data import image_cache as kept_images
-from duallora.data.image_cache import KeptImages, Memory, keeping
 from duallora.runs import protocol
 from duallora.runs.protocol import run_stream
 from duallora.runtime.compute import Compute
 from duallora.runtime.progress import Progress
+from duallora.streams import image_cache as kept_images
+from duallora.streams.image_cache import KeptImages, Memory, keeping
 
 
 class Source:
