@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
 from duallora.backbones.frozen_features import FrozenFeatures
-from duallora.data.images import to_pil
+from duallora.data.loader import ImageLoader
+from duallora.data.source import Samples
 from duallora.data.transforms import Augmentation, evaluation_transform
 from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
@@ -30,7 +31,20 @@ from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage import checkpoint
 from duallora.streams.task import as_task_dataset, without_empty_classes
-from duallora.training import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
+from duallora.training import evaluated, learn_task
+
+
+class _Given:
+    """Images that are asked about, as samples."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Any, None]:
+        return self._items[index], None
 
 
 class ContinualLearner:
@@ -80,9 +94,10 @@ class ContinualLearner:
         autocast = self.machine.autocast
         context = MethodContext(autocast, nullcontext if exact_readouts else autocast, features)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed, context)
-        self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
+        self.preprocess = evaluation_transform(self.backbone.info)
+        self.loader = ImageLoader(self.machine.device, self.machine.workers, self.machine.image_bytes)
         if self.machine.compute.compile:
-            self.backbone.compile(dynamic=True)
+            self.backbone.compile()
         # An unknown policy is refused now, not at the first task.
         Augmentation(self.backbone.info, augment, seed, 0)
         self.tasks: list[TaskRecord] = []
@@ -131,7 +146,7 @@ class ContinualLearner:
         if self.machine.compute.compile:
             torch.compiler.reset()  # a task changes the adapters: what was compiled for the last is no use
         timings = learn_task(
-            self.method, task, data, augmentation, self.preprocess, self.machine, self.progress
+            self.method, task, data, augmentation, self.preprocess, self.machine, self.loader, self.progress
         )
         self._unfinished = None
         record = TaskRecord(
@@ -155,9 +170,7 @@ class ContinualLearner:
         data = as_task_dataset(dataset)
         divided = len(data) >= parallel.size()
         own = parallel.share(len(data)) if divided else range(len(data))
-        chunks = chunked(own, EVALUATION_BATCH)
-        found = batches(data, unaugmented(self.preprocess), self.machine, chunks)
-        outputs = self.outputs_of(batch.images for batch in found)
+        outputs = self.outputs_of(self._batches(data, own))
         return outputs.gathered() if divided else outputs
 
     def outputs_of(self, images: Iterable[Tensor], *, cached: bool = True) -> Outputs:
@@ -221,7 +234,7 @@ class ContinualLearner:
         if not items:
             return []
         # What is asked for is computed, and so is timed.
-        outputs = self.outputs_of(self._batches(items), cached=False)
+        outputs = self.outputs_of(self._batches(_Given(items), range(len(items))), cached=False)
         paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
         return predictions(outputs, self.classes, [task.name for task in self.tasks], paths, top)
 
@@ -355,11 +368,13 @@ class ContinualLearner:
         self.tasks.append(record)
         self.classes.extend(name for name in record.classes if name not in self.classes)
 
-    def _batches(self, items: Sequence[Any]) -> Iterator[Tensor]:
-        for start in range(0, len(items), EVALUATION_BATCH):
-            yield torch.stack(
-                [self.preprocess(to_pil(item)) for item in items[start : start + EVALUATION_BATCH]]
-            )
+    def _batches(self, samples: Samples, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Batches (B, 3, H, W) of images as they are evaluated."""
+        with (
+            self.loader.reading(samples, self.preprocess) as source,
+            closing(self.loader.batches(source, evaluated(positions), len(positions))) as found,
+        ):
+            yield from found
 
     def _check_usable(self) -> None:
         if self._unfinished is not None:

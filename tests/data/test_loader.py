@@ -70,6 +70,7 @@ def made() -> Iterator[Any]:
 
     def make(workers: int, image_bytes: int = 2**24) -> ImageLoader:
         loaders.append(ImageLoader(torch.device("cpu"), workers, image_bytes))
+        loaders[-1].ahead = 20  # as for a GPU
         return loaders[-1]
 
     yield make
@@ -122,6 +123,7 @@ def test_batches_are_equal_with_any_number_of_workers(
 ) -> None:
     monkeypatch.setattr(workers_module, "forking", lambda: forks)
     loader, samples = made(workers), Drawn(tmp_path)
+    loader.ahead = 0 if keep == "nothing" else 20
     asked = chunks(epochs=[None, 0, 1, None])
     with loader.reading(samples, EVALUATION, AUGMENTATION, keep=keep) as source:
         for _ in range(2):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from duallora.data.workers import Done, Piece, Workers
+from duallora.data.workers import PIECE, Done, Piece, Workers
 
-_AHEAD = 256  # images that are prepared before the batch they are part of is asked for
+_PIECE_SECONDS = 0.004  # so long takes a piece at least: handing it over costs a twentieth of that
 
 
 class Chunk(NamedTuple):
@@ -51,10 +52,11 @@ class Assembly:
         workers: who makes the pieces.
         source: number of the data set.
         piece: images of a piece.
+        ahead: images that are prepared before they are asked for, beside the batch that is.
     """
 
-    def __init__(self, workers: Workers, source: int, piece: int) -> None:
-        self._workers, self._source, self._piece = workers, source, piece
+    def __init__(self, workers: Workers, source: int, piece: int, ahead: int) -> None:
+        self._workers, self._source, self._piece, self._most = workers, source, piece, ahead
         self._waiting: deque[Piece] = deque()
         self._batches: deque[_Batch] = deque()
         self._first = self._ahead = 0  # number of the first batch here, and images behind it
@@ -62,7 +64,7 @@ class Assembly:
     @property
     def has_room(self) -> bool:
         """Whether another batch can be prepared already."""
-        return self._ahead < _AHEAD
+        return not self._batches or self._ahead < self._most
 
     def __bool__(self) -> bool:
         return bool(self._batches)
@@ -120,6 +122,10 @@ class Assembly:
             batch.row, batch.error = row, done.error
 
 
-def pieces_of(total: int, workers: int, most: int) -> int:
-    """Images of a piece: few enough that all workers end at about the same time."""
-    return max(1, min(most, total // (4 * workers)))
+def piece_of(seconds: float) -> int:
+    """Images of a piece: as few as are worth it, so that all workers end at about the same time.
+
+    Args:
+        seconds: that an image takes.
+    """
+    return max(1, min(PIECE, math.ceil(_PIECE_SECONDS / max(seconds, 1e-6))))

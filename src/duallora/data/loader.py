@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from duallora.data.assembly import Assembly, Chunk, pieces_of
+from duallora.data.assembly import Assembly, Chunk, piece_of
 from duallora.data.image_memory import ImageMemory, RegionName
 from duallora.data.source import Keep, Samples, Source
 from duallora.data.transforms import Augmentation, EvaluationTransform
-from duallora.data.workers import PIECE, Library, Workers
+from duallora.data.workers import Library, Workers
 
 START_WORTH = 0.3
 """Seconds of work from which on workers are started; what takes less is done where it is needed."""
@@ -36,11 +36,14 @@ class ImageLoader:
         image_bytes: memory for prepared images; what does not fit is prepared again.
 
     Attributes:
+        ahead: images that are prepared before they are asked for, beside the batch that is. Beside a model on
+            the CPU none: it and the workers would take the cores from each other.
         started: processes started so far.
     """
 
     def __init__(self, device: torch.device, workers: int, image_bytes: int) -> None:
         self.device, self.started = device, 0
+        self.ahead = 0 if device.type == "cpu" else 256
         self._count, self._image_bytes = workers, image_bytes
         self._library: Library | None = None
         self._workers: Workers | None = None
@@ -99,6 +102,11 @@ class ImageLoader:
             if mine:
                 self._passing.release()
 
+    def sent(self, numbers: Sequence[int]) -> Tensor:
+        """Whole numbers (n,) on the device; a GPU is not waited for."""
+        pinned = self.device.type == "cuda"
+        return torch.tensor(numbers, pin_memory=pinned).to(self.device, non_blocking=True)
+
     def close(self) -> None:
         """Ends the workers; they are started again when they are needed."""
         if self._workers is not None:
@@ -154,9 +162,9 @@ class ImageLoader:
                 source.write(position, chunk.epoch, pixels[row].numpy())
                 took, done = time.perf_counter() - start, done + 1
                 # The first image takes longer than others: its decoder is imported.
-                seconds, last = min(took, last) * (total - done), took
-                if self._count and done > 1 and self._worth(seconds):
-                    yield from self._ahead(source, chunk, row + 1, pixels, chunks, total - done)
+                seconds, last = min(took, last), took
+                if self._count and done > 1 and self._worth(seconds * (total - done)):
+                    yield from self._ahead(source, chunk, row + 1, pixels, chunks, seconds)
                     return
             yield pixels
 
@@ -164,7 +172,7 @@ class ImageLoader:
         return seconds > (START_WORTH if self._workers is None else SEND_WORTH)
 
     def _ahead(
-        self, source: Source, first: Chunk, row: int, begun: Tensor, chunks: Iterator[Chunk], total: int
+        self, source: Source, first: Chunk, row: int, begun: Tensor, chunks: Iterator[Chunk], seconds: float
     ) -> Iterator[Tensor]:
         """Views of the chunks, made by workers ahead of need.
 
@@ -174,12 +182,12 @@ class ImageLoader:
             row: how many of its views are there.
             begun: its views (B, height, width, 3).
             chunks: those behind it.
-            total: images that are left.
+            seconds: that an image takes.
         """
         number, workers = self._ready(source)
         try:
             workers.begin()
-            assembly = Assembly(workers, number, pieces_of(total, workers.count, PIECE))
+            assembly = Assembly(workers, number, piece_of(seconds), self.ahead)
             assembly.add(first, begun, row)
             more = True
             while assembly:
