@@ -79,7 +79,7 @@ def running(model: Path) -> Iterator[str]:
     )
     try:
         assert process.stdout is not None
-        yield re.findall(r"http://[0-9.:]+", process.stdout.readline())[0]
+        yield re.findall(r"http://[^;]+", process.stdout.readline())[0]
     finally:
         process.terminate()
         process.wait()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from duallora.commands.console import line
-from duallora.errors import DualLoRAError
+from duallora.errors import DualLoRAError, is_low_memory
+from duallora.runtime.ending import TERMINATED, Terminated, ending_in_order
 
 # Verb -> where its function lives. By name, so that no verb imports the libraries of another.
 VERBS = {
@@ -36,6 +37,7 @@ VERBS = {
     "app": "duallora.commands.app:app",
 }
 
+_LONGEST = 1200  # letters of a sentence about what is wrong
 INTERNAL_ERROR = 1
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
@@ -48,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; those of this process by default.
 
     Returns:
-        The exit code: 0, 2 for what the user can put right, 3 for a failed ``--check``, 130 after Ctrl-C.
+        The exit code: 0, 2 for what the user can put right, 3 for a failed ``--check``, 130 after Ctrl-C and
+        143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.suppress(AttributeError):
             # A file name need not be valid in the terminal's encoding; it is shown escaped then.
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        with _plain_warnings():
+        with _plain_warnings(), ending_in_order():
             code = _dispatch(words)
         sys.stdout.flush()
         return code
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; every saved file is whole.", INTERRUPTED)
+    except Terminated:
+        return _fail("asked to end; every saved file is whole.", TERMINATED)
     except BrokenPipeError:
         _silence_stdout()
         return PIPE_CLOSED
@@ -70,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}.", DualLoRAError.exit_code)
     except Exception as error:  # the last resort: a user gets a sentence, a developer asks for the rest
+        if is_low_memory(error):
+            return _fail("there is not enough memory for this; free some, or give it less.", 2)
         if os.environ.get("DUALLORA_DEBUG"):
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -129,6 +136,8 @@ def _print_help() -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
+    if len(sentence) > _LONGEST:  # somebody's megabyte of an argument; the remedy stands at the end
+        sentence = f"{sentence[: _LONGEST // 2]} [...] {sentence[-_LONGEST // 2 :]}"
     with contextlib.suppress(OSError):
         line(f"duallora: {sentence}", stderr=True)
     return code

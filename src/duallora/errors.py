@@ -13,3 +13,12 @@ class CheckFailed(DualLoRAError):
     """Accuracy on the ``--check`` folder fell by more than ``--max-drop``; the model was left as it was."""
 
     exit_code: int = 3
+
+
+def is_low_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had; torch says it in words of a ``RuntimeError``."""
+    words = f"{error}".lower() if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(phrase in words for phrase in _LOW_MEMORY)
+
+
+_LOW_MEMORY = ("not enough memory", "out of memory", "allocate memory")

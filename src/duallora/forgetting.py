@@ -11,6 +11,7 @@ import torch
 
 from duallora.errors import DualLoRAError
 from duallora.outputs import TaskRecord, free_name
+from duallora.streams.names import normal
 
 if TYPE_CHECKING:
     from duallora.methods import Method
@@ -55,6 +56,8 @@ def forget(
     Raises:
         DualLoRAError: there is none of that name, or it is all that the learner knows.
     """
+    if name not in known:  # the same name, typed in another form of unicode
+        name = next((c for c in known if name is not None and normal(c) == normal(name)), name)
     found = _positions(tasks, known, task, name)
     records = list(tasks)
     left = {t: [c for c in records[t].classes if task is None and c != name] for t in found}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
 from duallora.backbones.frozen_features import FrozenFeatures
+from duallora.data.asked import asked
 from duallora.data.loader import ImageLoader
-from duallora.data.source import Samples
+from duallora.data.one_by_one import one_by_one
 from duallora.data.transforms import Augmentation, evaluation_transform
 from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
@@ -30,21 +31,10 @@ from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage import checkpoint
+from duallora.storage.soundness import check
+from duallora.streams.names import hint_at_case
 from duallora.streams.task import as_task_dataset, without_empty_classes
-from duallora.training import evaluated, learn_task
-
-
-class _Given:
-    """Images that are asked about, as samples."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> tuple[Any, None]:
-        return self._items[index], None
+from duallora.training import EVALUATION_BATCH, evaluated, learn_task
 
 
 class ContinualLearner:
@@ -128,6 +118,7 @@ class ContinualLearner:
         """
         self._check_usable()
         data, classes = without_empty_classes(dataset)
+        hint_at_case(classes, self.classes)
         taken = {task.name for task in self.tasks}
         numbered = (f"task {number}" for number in itertools.count(len(self.tasks) + 1))
         name = name if name is not None else next(free for free in numbered if free not in taken)
@@ -170,7 +161,11 @@ class ContinualLearner:
         data = as_task_dataset(dataset)
         divided = len(data) >= parallel.size()
         own = parallel.share(len(data)) if divided else range(len(data))
-        outputs = self.outputs_of(self._batches(data, own))
+        with (
+            self.loader.reading(data, self.preprocess) as source,
+            closing(self.loader.batches(source, evaluated(own), len(own))) as found,
+        ):
+            outputs = self.outputs_of(found)
         return outputs.gathered() if divided else outputs
 
     def outputs_of(self, images: Iterable[Tensor], *, cached: bool = True) -> Outputs:
@@ -194,13 +189,17 @@ class ContinualLearner:
             parts = [getattr(readout, field) for readout in readouts]
             return None if parts[0] is None else torch.cat([p.float().cpu() for p in parts])
 
+        fields = ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")
+        found = {field: joined(field) for field in fields}
+        if any(values is not None and bool(values.isnan().any()) for values in found.values()):
+            raise DualLoRAError(
+                "the model answers with what is no number: it is damaged, or an image is; teach it again, or "
+                "restore it from a copy."
+            )
         number = {name: i for i, name in enumerate(self.classes)}
         rows = [(t, number[c]) for t, task in enumerate(self.tasks) for c in task.classes]
         return Outputs(
-            **{
-                f: joined(f)
-                for f in ("heads", "calibrated", "task_posterior", "familiarity", "gate", "features")
-            },
+            **found,
             row_task=torch.tensor([t for t, _ in rows]),
             row_class=torch.tensor([c for _, c in rows]),
             readout=self.method.answer,
@@ -224,19 +223,26 @@ class ContinualLearner:
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
         return evaluation(outputs, labels, true_task, [task.name for task in self.tasks])
 
-    def predict(self, images: Iterable[Any], top: int = 3) -> list[Prediction]:
+    def predict(self, images: Any, top: int = 3) -> list[Prediction]:
         """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.
+
+        Args:
+            images: any iterable of them, or a data set with a length, taken in batches as they come, so that
+                no more than a batch is held; or a single image, which gets a list of one answer.
+            top: how many classes are given for each.
 
         Raises:
             DualLoRAError: if an image cannot be read (the file is named) or nothing has been learned.
         """
-        items = list(images)
-        if not items:
-            return []
-        # What is asked for is computed, and so is timed.
-        outputs = self.outputs_of(self._batches(_Given(items), range(len(items))), cached=False)
-        paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
-        return predictions(outputs, self.classes, [task.name for task in self.tasks], paths, top)
+        found: list[Prediction] = []
+        tasks = [task.name for task in self.tasks]
+        if not self.tasks and any(True for _ in one_by_one(images)):
+            self.outputs_of([])  # refuses at once, rather than after a batch of images
+        for batch, paths in asked(images, self.loader, self.preprocess, EVALUATION_BATCH):
+            # What is asked for is computed, and so is timed.
+            outputs = self.outputs_of([batch], cached=False)
+            found += predictions(outputs, self.classes, tasks, paths, top)
+        return found
 
     def forget(self, *, task: str | None = None, name: str | None = None) -> Forgotten:
         """Takes back what was taught: one task, or one class from all tasks that taught it.
@@ -336,6 +342,7 @@ class ContinualLearner:
         features: FrozenFeatures | None = None,
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
+        check(folder, manifest, tensors)
         with checkpoint.intact(folder):
             info = BackboneInfo.from_dict(manifest["backbone"])
             if backbone is None:
@@ -362,19 +369,18 @@ class ContinualLearner:
             for record in manifest["tasks"]:
                 learner._add(TaskRecord.from_dict(record))
             learner._origin = (folder.resolve(), manifest["weights"])
+            learner._try_out()
             return learner
+
+    def _try_out(self) -> None:
+        """Looks at a grey image: tensors whose shapes do not fit each other fail now, not at an answer."""
+        if self.tasks:
+            with torch.compiler.set_stance("force_eager"):  # compiling takes minutes, and this one pass none
+                self.outputs_of([torch.zeros(1, *self.backbone.info.input_size)])
 
     def _add(self, record: TaskRecord) -> None:
         self.tasks.append(record)
         self.classes.extend(name for name in record.classes if name not in self.classes)
-
-    def _batches(self, samples: Samples, positions: Sequence[int]) -> Iterator[Tensor]:
-        """Batches (B, 3, H, W) of images as they are evaluated."""
-        with (
-            self.loader.reading(samples, self.preprocess) as source,
-            closing(self.loader.batches(source, evaluated(positions), len(positions))) as found,
-        ):
-            yield from found
 
     def _check_usable(self) -> None:
         if self._unfinished is not None:

@@ -190,7 +190,8 @@ def as_document(prediction: Prediction, unknown_below: float | None = None) -> d
 
     Args:
         prediction: what the learner says.
-        unknown_below: the class of an image with a familiarity (1 - unknown) below this is ``unknown``.
+        unknown_below: the class of an image with a familiarity (1 - unknown) below this is ``unknown``;
+            ``called_unknown`` tells it from a class of that name.
     """
     unknown = unknown_below is not None and 1 - prediction.unknown < unknown_below
     return {
@@ -200,6 +201,7 @@ def as_document(prediction: Prediction, unknown_below: float | None = None) -> d
         "task": prediction.task,
         "task_confidence": prediction.task_confidence,
         "unknown": prediction.unknown,
+        "called_unknown": unknown,
         "top": [{"class": name, "probability": probability} for name, probability in prediction.top],
     }
 
@@ -208,10 +210,14 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Predictions as :func:`as_document` gives them, one line an image; the top classes in own columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    fields = ["path", "class", "probability", "task", "task_confidence", "unknown"]
+    fields = ["path", "class", "probability", "task", "task_confidence", "unknown", "called_unknown"]
     places = range(1, max(len(record["top"]) for record in records) + 1)
     writer.writerow([*fields, *(f"{what}_{place}" for place in places for what in ("class", "probability"))])
     for record in records:
         best = [value for entry in record["top"] for value in (entry["class"], entry["probability"])]
-        writer.writerow([*(record[field] for field in fields), *best])
+        writer.writerow([*(_cell(record[field]) for field in fields), *best])
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _cell(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value  # as JSON writes it

@@ -22,6 +22,7 @@ from duallora.data.source import Source
 from duallora.data.transforms import Augmentation, EvaluationTransform
 from duallora.errors import DualLoRAError
 from duallora.methods import Batch, Method, MethodConfig, TaskInfo
+from duallora.methods.schedules import rate_share
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
@@ -211,9 +212,13 @@ def make_optimizer(
         "sgd": partial(torch.optim.SGD, momentum=0.9),
     }
     optimizer: Optimizer = kinds[config.optimizer](groups, weight_decay=config.weight_decay)  # type: ignore[operator]
-    if config.schedule == "constant":
-        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "cosine":  # the same numbers as by its formula but for rounding
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+    def share(step: int) -> float:
+        return rate_share(config.schedule, step, steps, config.epochs)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _pieces(batch: Sequence[int], accumulate: int) -> list[tuple[Sequence[int], float]]:

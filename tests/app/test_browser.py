@@ -80,14 +80,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(model: Path, copies: Path) -> Iterator[str]:
+def address(model: Path, copies: Path) -> Iterator[tuple[str, str]]:
     environment = {"TMPDIR": str(copies), "OMP_NUM_THREADS": "1"}
-    with running_app(model, "--epochs", "1", environment=environment) as (address, _):
-        yield address
+    with running_app(model, "--epochs", "1", environment=environment) as (address, token, _):
+        yield address, token
 
 
 @pytest.fixture
-def page(browser: sync_api.Browser, address: str, model: Path, taught: Path) -> Iterator[Page]:
+def page(browser: sync_api.Browser, address: tuple[str, str], model: Path, taught: Path) -> Iterator[Page]:
     """The page of a model that knows ash and beech, whatever other tests have done."""
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(taught, model)
@@ -96,7 +96,9 @@ def page(browser: sync_api.Browser, address: str, model: Path, taught: Path) -> 
 
 
 @pytest.fixture
-def first_page(browser: sync_api.Browser, address: str, model: Path, copies: Path) -> Iterator[Page]:
+def first_page(
+    browser: sync_api.Browser, address: tuple[str, str], model: Path, copies: Path
+) -> Iterator[Page]:
     """The page before anything was taught, and without copies of what was sent to others."""
     shutil.rmtree(model, ignore_errors=True)
     with opened(browser, address) as page:
@@ -105,12 +107,14 @@ def first_page(browser: sync_api.Browser, address: str, model: Path, copies: Pat
 
 
 @contextmanager
-def opened(browser: sync_api.Browser, address: str) -> Iterator[Page]:
+def opened(browser: sync_api.Browser, address: tuple[str, str]) -> Iterator[Page]:
+    place, token = address
     context = browser.new_context(viewport={"width": 1100, "height": 900})
-    page = Page(context.new_page(), address)
-    page.open()
+    page = Page(context.new_page(), place)
+    page.open(token)
+    assert "token" not in page.page.url
     yield page
-    elsewhere = [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+    elsewhere = [url for url in page.asked if not url.startswith((place, "data:", "blob:"))]
     context.close()
     assert elsewhere == [] and page.wrong == []
 

@@ -46,8 +46,9 @@ def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
 
     (tmp_path / "tmp").mkdir()
     environment = {"TMPDIR": str(tmp_path / "tmp")}
-    with running_app(tmp_path / "model", environment=environment) as (address, process):
+    with running_app(tmp_path / "model", environment=environment) as (address, token, process):
         client = httpx.Client(timeout=300)
+        assert client.get(address + token).status_code == 303
         page = client.get(address)
         assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
         assert client.get(address, headers={"Host": "evil.example"}).status_code == 421
@@ -69,7 +70,7 @@ def test_the_running_command_answers_to_this_machine_and_ends_cleanly(
 @pytest.mark.process
 def test_interrupting_the_command(tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="the extra app is not installed")
-    with running_app(tmp_path / "model") as (_, process):
+    with running_app(tmp_path / "model") as (_, _, process):
         process.send_signal(signal.SIGINT)
         assert process.wait(300) == 130
         assert process.stderr is not None

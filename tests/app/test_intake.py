@@ -81,7 +81,7 @@ def names(*shown: str) -> list[Found]:
         (["box/robin/a.png"], "", {"robin": 1}),
         (["box/a.png", "box/more/b.png"], "", {"box": 2}),
         (["box/train/robin/a.png", "box/train/wren/a.png"], "", {"robin": 1, "wren": 1}),
-        (["box/train/a.png", "box/test/a.png"], "", {"train": 1, "test": 1}),
+        (["box/train/a.png", "box/test/a.png", "box/car/a.png"], "", {"train": 1, "test": 1, "car": 1}),
     ],
     ids=str,
 )
@@ -105,6 +105,13 @@ def test_files_without_a_name_and_divided_folders_are_refused() -> None:
         by_class(names("a.png"), "  ", [])
     with pytest.raises(DualLoRAError, match="give its train/ alone"):
         by_class(names("box/train/robin/a.png", "box/val/robin/b.png"), "", [])
+    for train, held in (("Train", "Valid"), ("training", "Validation")):
+        with pytest.raises(DualLoRAError, match=f"holds {train}/ and {held}/; give its {train}/ alone"):
+            by_class(names(f"box/{train}/robin/a.png", f"box/{held}/robin/b.png"), "", [])
+    with pytest.raises(DualLoRAError, match="may be classes or parts"):
+        by_class(names("box/train/steam/a.png", "box/bus/b.png"), "", [])
+    with pytest.raises(DualLoRAError, match="no class folders"):
+        by_class(names("box/Train/a.png", "box/Val/b.png"), "", [])
     with pytest.raises(DualLoRAError, match="no file"):
         Draft().add([], "robin")
 
@@ -254,6 +261,26 @@ def test_a_zip_that_is_none_or_too_much_is_refused(
     with pytest.raises(DualLoRAError, match="unpacks to more"):
         uploads.unpack(path, "many.zip")
     assert list(uploads.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_could_inflate_without_a_bound_is_refused(
+    uploads: Uploads, tmp_path: Path, method: int
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(), zipfile.ZIP_DEFLATED)
+        archive.writestr("b.png", bytes(50_000_000), method)
+    assert (tmp_path / "a.zip").stat().st_size < 20_000
+    with pytest.raises(DualLoRAError, match=r"a\.zip is packed with (bzip2|LZMA); make the zip again"):
+        uploads.unpack(tmp_path / "a.zip", "a.zip")
+    assert list(uploads.folder.iterdir()) == []
+
+
+def test_the_usual_ways_to_pack_are_read(uploads: Uploads, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(), zipfile.ZIP_DEFLATED)
+        archive.writestr("b.png", png(), zipfile.ZIP_STORED)
+    assert [found.name for found in uploads.unpack(tmp_path / "a.zip", "a.zip")] == ["a/a.png", "a/b.png"]
 
 
 def test_an_encrypted_zip_is_refused(uploads: Uploads, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import lzma
 import os
 import threading
 import time
@@ -259,15 +258,14 @@ def test_undo_looks_at_the_generation_under_the_lock(
 # -- errors are sentences ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
-def test_a_damaged_stream_in_a_zip_is_a_sentence(teach: Teach, uploads: Uploads, method: int) -> None:
+def test_a_damaged_stream_in_a_zip_is_a_sentence(teach: Teach, uploads: Uploads) -> None:
     place = uploads.folder / "a.zip"
-    with zipfile.ZipFile(place, "w", method) as archive:
+    with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", np.random.default_rng(0).bytes(1000) + bytes(5000))
     data = bytearray(place.read_bytes())
     data[40:80] = b"\xff" * 40
     place.write_bytes(data)
-    with pytest.raises((zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, zipfile.BadZipFile)):
+    with pytest.raises((zlib.error, OSError, EOFError, ValueError, zipfile.BadZipFile)):
         zipfile.ZipFile(place).read("a.png")
     said = teach.on_add("ash", [{"path": str(place), "orig_name": "a.zip"}], "", "", A)
     assert "a.zip is damaged or no zip archive" in said[0]

@@ -64,6 +64,25 @@ class Naive:
         scatter = sum(scatter for _, scatter in parts)
         self.sigma = naive_covariance(scatter, max(int(self.count.sum()) - len(self.count), 1))
         self.inverse = torch.linalg.inv(self.sigma)
+        self.centre = self.mean.mean(0)
+        freedom = max(int(self.count.sum()) - len(self.count), 1)
+        self.trace = float((self.inverse @ scatter / freedom).trace())
+        self.between = self.spread_of_means()
+
+    def spread_of_means(self) -> float:
+        """b of the analysis of variance, row by row."""
+        total, rows = int(self.count.sum()), len(self.count)
+        centre = sum(n * mu for n, mu in zip(self.count.tolist(), self.mean, strict=True)) / total
+        between = sum(
+            n * float((mu - centre) @ self.inverse @ (mu - centre))
+            for n, mu in zip(self.count.tolist(), self.mean, strict=True)
+        )
+        return max(between - (rows - 1) * self.trace, 0) / (total - float((self.count**2).sum()) / total)
+
+    def share(self, n: int) -> float:
+        """How much of a row's offset counts where its mean comes from n images."""
+        best, most = (k * self.between / (k * self.between + self.trace) for k in (n, int(self.count.max())))
+        return best / most
 
     def mean_without(self, row: int, f0: Tensor) -> Tensor:
         """The row's mean recomputed from its other images."""
@@ -76,9 +95,13 @@ class Naive:
         assert len(others) == int(self.count[row]) - 1
         return torch.stack(others).mean(0)
 
-    def scores(self, f: Tensor, mean: Tensor | None = None) -> Tensor:
-        mean = self.mean if mean is None else mean
-        return torch.stack([f.double() @ self.inverse @ mu - mu @ self.inverse @ mu / 2 for mu in mean])
+    def scores(self, f: Tensor, mean: Tensor | None = None, without: int | None = None) -> Tensor:
+        """Scores around the centre of the rows; the mean of the row ``without`` has an image less."""
+        mean, f, found = self.mean if mean is None else mean, f.double() - self.centre, []
+        for row, mu in enumerate(mean):
+            nu = self.share(int(self.count[row]) - (row == without)) * (mu - self.centre)
+            found.append(f @ self.inverse @ nu - nu @ self.inverse @ nu / 2)
+        return torch.stack(found)
 
     def distances(self, f: Tensor, mean: Tensor | None = None) -> Tensor:
         mean = self.mean if mean is None else mean
@@ -108,7 +131,7 @@ class Naive:
                 row = first + label
                 if self.count[row] == 1:
                     continue
-                scores = kappa * self.scores(f, self.left_out(row, f))
+                scores = kappa * self.scores(f, self.left_out(row, f), row)
                 loss -= float(scores[row] - scores.exp().sum().log())
             result.append(loss)
         return result
@@ -284,7 +307,7 @@ def test_leave_one_out_scores_equal_means_recomputed_without_the_image(
     found = memory.log_q(features, memory.own(task, labels, features))
     expected = torch.stack(
         [
-            (memory.kappa * naive.scores(f, naive.left_out(first + y, f))).log_softmax(0)
+            (memory.kappa * naive.scores(f, naive.left_out(first + y, f), first + y)).log_softmax(0)
             for f, y in zip(features.double(), labels.tolist(), strict=True)
         ]
     )
@@ -300,7 +323,7 @@ def test_a_view_is_scored_against_the_mean_without_its_image_as_the_latest_pass_
     found = memory.log_q(view, memory.own(2, labels, f0))
     for i, y in enumerate(labels.tolist()):
         mean = naive.left_out(5 + y, f0[i].double())
-        near(found[i], (memory.kappa * naive.scores(view[i], mean)).log_softmax(0))
+        near(found[i], (memory.kappa * naive.scores(view[i], mean, 5 + y)).log_softmax(0))
 
 
 def test_an_only_image_is_left_out_with_its_whole_row() -> None:

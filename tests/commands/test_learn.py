@@ -35,6 +35,7 @@ def test_a_model_is_taught_asked_measured_and_taken_back(
         "task",
         "task_confidence",
         "unknown",
+        "called_unknown",
         "top",
     ]
     assert predictions[-1]["path"] == str(cars / "bus" / "000.png")

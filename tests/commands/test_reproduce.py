@@ -74,7 +74,11 @@ def test_a_protocol_fits_its_data_and_its_method(
     tasks = int(re.fullmatch(r"[a-z0-9-]+-(\d+)/[a-z0-9-]+", name)[1])  # type: ignore[index]
     assert f"sound; {tasks} tasks" in done.out
     assert protocol.backbone.normalization == "none"  # as in the released code of all of them
+    prompts = protocol.method.name in ("l2p", "dualprompt", "coda-prompt")
+    shuffled = [seed for seed in (0, 1, 7) if protocol.ordered(seed).order == seed]
+    assert shuffled == ([1, 7] if prompts else [0, 1, 7] if protocol.by_seed else [])
     assert protocol.by_seed or protocol.stream.order == "alphabetical"
+    assert not prompts or protocol.ordered(0).order == "alphabetical"
 
 
 @pytest.mark.parametrize("name", protocols())
@@ -105,16 +109,32 @@ def test_the_values_of_a_protocol_are_the_published_ones() -> None:
     assert found == published()
 
 
+def test_protocols_have_what_the_released_code_does() -> None:
+    """Schedules, and the reset of SD-LoRA, which its published figures are of."""
+    for name in protocols():
+        row = name.split("/")[1]
+        fields = read_protocol(name).method.fields
+        late = row in ("l2p", "dualprompt", "coda-prompt", "inflora")
+        expected = "quarter-cosine" if late else {"sd-lora": "constant"}.get(row, "cosine")
+        if name == "domainnet-5/inflora":
+            expected = "step"  # to a tenth for the last of its five epochs
+        assert fields.get("schedule", "cosine") == expected, name
+        assert fields.get("reset_magnitudes", False) == (row == "sd-lora"), name
+
+
 def test_the_documentation_has_every_protocol_as_it_is() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "protocols.md").read_text(encoding="utf-8")
     for name in protocols():
         protocol = read_protocol(name)
         expected, average = protocol.expected, protocol.expected.get("average_incremental_accuracy")
+        order = "its seed" if protocol.by_seed else "alphabetical"
+        if protocol.ordered(0) != protocol.ordered(1) and protocol.stream.order == "alphabetical":
+            order = "alphabetical for 0, else its seed"
         cells = [
             f"`{name}`",
             protocol.backbone.backbone.partition(".")[2],
             str(protocol.method.fields["epochs"]),
-            f"{'its seed' if protocol.by_seed else 'alphabetical'}; {', '.join(map(str, protocol.seeds))}",
+            f"{order}; {', '.join(map(str, protocol.seeds))}",
             f"{100 * expected['final_accuracy']:.2f}" if expected else "-",
             "-" if average is None else f"{100 * average:.2f}",
             f"{100 * expected['tolerance']:.1f}" if expected else "-",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
 import time
@@ -190,3 +191,39 @@ def test_an_unknown_crop_mode_is_refused() -> None:
     info: Any = Info(crop_mode="border")
     with pytest.raises(DualLoRAError, match="center, squash"):
         evaluation_transform(info)
+
+
+@pytest.mark.parametrize("size", [(560, 70), (700, 70), (70, 900), (1300, 30), (3, 1000), (6000, 20)])
+@pytest.mark.parametrize("share", [1.0, 0.875])
+def test_a_strip_is_prepared_as_the_recipe_says(size: tuple[int, int], share: float) -> None:
+    """Resize, centre crop, mean, std: what an exported model's metadata says, however long the image is."""
+    info: Any = Info(crop_pct=share)
+    width, height = size
+    values = np.arange(width)[None] * 5 + np.arange(height)[:, None] * 3
+    picture = Image.fromarray(
+        np.stack([values % 256, values // 2 % 256, 255 - values % 256], 2).astype(np.uint8)
+    )
+    side = info.input_size[1]
+    scaled = math.floor(side / share)
+    whole = (
+        (int(scaled * width / height), scaled) if width >= height else (scaled, int(scaled * height / width))
+    )
+    left, upper = round((whole[0] - side) / 2), round((whole[1] - side) / 2)
+    box = (left, upper, left + side, upper + side)
+    expected = np.asarray(picture.resize(whole, Image.Resampling.BICUBIC).crop(box), np.float32) / 255
+    expected = (expected - np.float32(info.mean)) / np.float32(info.std)
+    found = evaluation_transform(info)(picture).numpy().transpose(1, 2, 0)
+    assert np.abs(found - expected).mean() < 2e-3
+    assert np.abs(found - expected).max() < 2.5 / 255 / min(info.std)
+
+
+def test_a_very_long_strip_is_never_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plain = [], Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        made.append(size)
+        return plain(image, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    assert evaluation_transform(INFO)(Image.new("RGB", (300_000, 1))).shape == (3, 64, 64)
+    assert made == [(64, 64)]

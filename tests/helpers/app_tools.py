@@ -33,8 +33,8 @@ def files_below(folder: Path) -> list[Path]:
 @contextmanager
 def running_app(
     model: Path, *options: str, environment: Mapping[str, str] = {}
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """``duallora app MODEL --port 0``; gives its address and the process."""
+) -> Iterator[tuple[str, str, subprocess.Popen[str]]]:
+    """``duallora app MODEL --port 0``; gives its address, how its token is handed over, and the process."""
     words = [sys.executable, "-u", "-c", ENTRY, "app", str(model), "--port", "0", *options]
     process = subprocess.Popen(
         words,
@@ -46,9 +46,12 @@ def running_app(
     try:
         assert process.stdout is not None and process.stderr is not None
         said = process.stdout.readline().strip()
-        found = re.fullmatch(rf"page for {re.escape(str(model))} at (http://127\.0\.0\.1:\d+); .*", said)
+        found = re.fullmatch(
+            rf"page for {re.escape(str(model))} at (http://127\.0\.0\.1:\d+)(/\?token=[\w-]{{40,}})?; .*",
+            said,
+        )
         assert found, said + process.stderr.read()
-        yield found[1], process
+        yield found[1], found[2] or "/", process
     finally:
         process.send_signal(signal.SIGTERM)
         try:

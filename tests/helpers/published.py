@@ -1,7 +1,8 @@
 """Values of the published protocols, put down a second time: two that are swapped in a file fail a test.
 
 From the configurations, logs and tables of the authors' repositories, of LibContinual and of PILOT. DualLoRA
-takes the backbone, the epochs and the batches of InfLoRA. Accuracies and tolerances are in percent.
+takes the backbone, the epochs and the batches of InfLoRA. SD-LoRA's rate on DomainNet is all but 0 from the
+fifth of its ten epochs on, and these are left out. Accuracies and tolerances are in percent.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ domainnet-5/duallora        .0005  .0005  5  128 -  -   augreg_in21k          - 
 domainnet-5/dualprompt      .001   .001   5  128 -  -   augreg_in21k_ft_in1k  68.26 73.84 2.0
 domainnet-5/inflora         .005   .01    5  128 30 .95 augreg_in21k          71.59 78.29 2.0
 domainnet-5/l2p             .001   .001   5  128 -  -   augreg_in21k_ft_in1k  70.26 75.83 2.0
-domainnet-5/sd-lora         .02    .02    10 128 10 -   augreg2_in21k_ft_in1k 72.82 78.89 2.0
+domainnet-5/sd-lora         .02    .02    4  128 10 -   augreg2_in21k_ft_in1k 72.82 78.89 2.0
 imagenet-r-10/coda-prompt   .001   .001   50 128 -  -   augreg_in21k_ft_in1k  74.05 78.14 2.0
 imagenet-r-10/duallora      .0005  .0005  50 128 -  -   augreg_in21k          -     -     -
 imagenet-r-10/dualprompt    .001   .001   50 128 -  -   augreg_in21k_ft_in1k  68.22 73.81 2.0
 imagenet-r-10/inflora       .0005  .0005  50 128 10 .98 augreg_in21k          75.34 80.60 1.5
 imagenet-r-10/l2p           .001   .001   50 128 -  -   augreg_in21k_ft_in1k  71.26 76.13 2.0
-imagenet-r-10/ranpac        .05    .05    10 16  -  -   augreg_in21k          -     -     -
+imagenet-r-10/ranpac        .05    .05    10 16  -  -   augreg_in21k_ft_in1k  -     -     -
 imagenet-r-10/sd-lora       .008   .008   20 128 10 -   augreg2_in21k_ft_in1k 77.34 82.04 1.0
 imagenet-r-20/coda-prompt   .001   .001   50 128 -  -   augreg_in21k_ft_in1k  69.38 73.95 2.0
 imagenet-r-20/duallora      .0005  .0005  50 128 -  -   augreg_in21k          -     -     -

@@ -488,3 +488,26 @@ def test_prompts_are_drawn_at_unit_size_and_keys_small_enough_to_turn() -> None:
         for key, x in opened(name).adapters.state_dict().items():
             size = 0.01 if "keys" in key else 1.0
             assert -size <= float(x.min()) < -0.8 * size and 0.8 * size < float(x.max()) <= size, key
+
+
+def test_a_position_for_all_prompts_only_starts_them_elsewhere() -> None:
+    """PILOT adds the class token's position to every prompt; prompts that start without it learn the same."""
+    plain, placed = (opened("l2p", tasks=1) for _ in range(2))
+    place = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    tokens = placed.pool.forward
+    placed.pool.forward = lambda chosen: tokens(chosen) + place
+    with torch.no_grad():
+        placed.pool.prompts.sub_(place)
+    steps = [
+        torch.optim.Adam([*m.pool.parameters(), *m.heads.parameters()], lr=0.02) for m in (plain, placed)
+    ]
+    for _ in range(4):
+        losses = []
+        for method, adam in zip((plain, placed), steps, strict=True):
+            adam.zero_grad()
+            losses.append(method.loss(batch()))
+            losses[-1].backward()
+            adam.step()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(placed.pool.prompts + place, plain.pool.prompts, rtol=0, atol=2e-3)
+    assert float((plain.pool.prompts - opened("l2p", tasks=1).pool.prompts).detach().abs().max()) > 0.05

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +18,8 @@ from torch.testing import assert_close
 from duallora import METHODS, ContinualLearner
 from duallora.methods import Batch, Method, TaskInfo
 from duallora.methods import slca as slca_module
-from duallora.methods.drift import linear_map, ridge_map
+from duallora.methods import sldc as sldc_module
+from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
 from duallora.methods.slca import SLCA, normalised_cross_entropy
 from duallora.methods.sldc import SLDC, symmetric_cross_entropy
 
@@ -150,12 +150,12 @@ def test_old_rows_follow_the_linear_drift() -> None:
 
 
 def test_the_rows_of_both_columns_stay_together() -> None:
-    for drift in ("nonlinear", "linear", "none"):
+    for drift in ("nonlinear", "penalised", "linear", "none"):
         state = rows_before_and_after(drift)[0]
         final = state["rows.mean"][:, :WIDTH].float()
         assert_close(final, state["gaussians.mean"], rtol=1e-4, atol=1e-4)
         weighted = (state["rows.count"] - 1)[:, None, None] * state["gaussians.covariance"]
-        if drift != "nonlinear":  # whose pooled scatter moves by one Jacobian for all rows
+        if drift in ("linear", "none"):  # elsewhere the pooled scatter moves by one Jacobian for all rows
             scatter = state["rows.scatter"][:WIDTH, :WIDTH]
             assert_close(weighted.sum(0), scatter, rtol=1e-3, atol=1e-2)
 
@@ -172,6 +172,16 @@ def test_the_nonlinear_map_moves_rows() -> None:
     old, new = before["gaussians.mean"], after["gaussians.mean"][:2]
     assert float((new - old).norm()) > 0.05 * float((x - y)[:, :WIDTH].norm(dim=1).mean())
     assert torch.equal(after["gaussians.covariance"], after["gaussians.covariance"].mT)
+
+
+@pytest.mark.parametrize(("drift", "penalty"), [("nonlinear", 0.0), ("penalised", 0.5)])
+def test_the_released_map_has_no_penalty(drift: Any, penalty: float) -> None:
+    learner = started("sldc", 1, drift=drift, drift_steps=40)
+    x = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = sldc(learner)._drift(TaskInfo(1, "now", ("cat", "dog")), x, x.flip(1))
+    draws = learner.method.generator(1, "drift")
+    expected = weakly_nonlinear_map(x, x.flip(1), 40, draws, penalty)
+    assert torch.equal(found(x), expected(x))
 
 
 class Bent(nn.Module):
@@ -256,6 +266,22 @@ def test_the_heads_are_refitted_on_moved_samples() -> None:
     data = unseen(TASKS[:2], 8)
     better = started("sldc", 2, samples=64, refit_epochs=6, refit_learning_rate=2e-2)
     assert better.evaluate(data).accuracy > kept.evaluate(data).accuracy
+
+
+def test_a_refit_has_the_released_floor_batch_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(sldc_module, "refit", lambda *parts, **more: given.append((parts, more)))
+    learner = started("sldc", 2, refit_learning_rate=0.004)
+    (_, mean, factors, loss, optimizer, _, _, batch_size, _), more = given[-1]
+    model = sldc(learner).gaussians
+    assert torch.equal(mean, model.mean) and loss is symmetric_cross_entropy
+    floor = 1e-5 * model.covariance.diagonal(dim1=1, dim2=2).amax(1)
+    floor = floor.clamp(min=1e-3)[:, None, None] * torch.eye(WIDTH)
+    assert_close(factors @ factors.mT, model.covariance + floor, rtol=1e-4, atol=1e-4)
+    assert batch_size // len(mean) == 32 * len(mean) // 10 // len(mean) == 3, "3.2 a class there"
+    adam = optimizer([torch.zeros(1, requires_grad=True)]).param_groups[0]
+    assert (adam["lr"], adam["weight_decay"]) == (0.004, 1e-4)
+    assert more == {"end": 0.1}
 
 
 # -- SLCA ----------------------------------------------------------------------------------------------------
@@ -352,4 +378,42 @@ def test_gaussians_take_the_bytes_that_the_manual_says() -> None:
     for name in ("sldc", "slca"):
         state = started(name, 2).method.state()
         stored = sum(x.numel() * x.element_size() for key, x in state.items() if key.startswith("gaussians"))
-        assert stored == 4 * 5 * 32 * 33 and math.isclose(stored, 5 * 4 * 32 * (32 + 1))
+        assert stored == 5 * 4 * (32 + 1) ** 2
+
+
+# -- both ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "module", "first"), [("sldc", sldc_module, 1), ("slca", slca_module, 2)])
+def test_every_refit_starts_from_the_heads_as_they_were_trained(
+    name: str, module: Any, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released codes drop refitted heads before the next task; a forgotten class has none."""
+    learner, original, at_start = started(name), module.refit, []
+    trained: list[Tensor] = []
+    consolidate = learner.method.consolidate
+
+    def heads() -> Tensor:
+        return torch.cat(
+            [torch.cat([h.weight, h.bias[:, None]], 1).detach() for h in learner.method.heads.tasks]  # type: ignore[operator,index]
+        )
+
+    def trained_then(task: TaskInfo, loader: Any) -> None:
+        trained.append(heads()[-len(task.classes) :])
+        consolidate(task, loader)
+
+    def noted(*given: Any, **more: Any) -> None:
+        at_start.append(heads())
+        original(*given, **more)
+
+    monkeypatch.setattr(learner.method, "consolidate", trained_then)
+    monkeypatch.setattr(module, "refit", noted)
+    for task in TASKS[:2]:
+        learner.learn(task)
+    refitted = heads()
+    assert not torch.equal(refitted, torch.cat(trained)), "the refit did something"
+    learner.forget(name=TASKS[1].classes[1])
+    trained[1] = trained[1][[0, 2]]
+    learner.learn(TASKS[2])
+    assert len(at_start) == 4 - first
+    assert torch.equal(at_start[-1], torch.cat(trained))

@@ -24,6 +24,7 @@ ORDER = (
     "storage",
     "backbones",
     "data",
+    "transforms",
     "streams",
     "classifiers",
     "adapters",

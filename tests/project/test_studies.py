@@ -59,7 +59,7 @@ def test_a_stream_is_loaded(name: str, tasks: int, study: Any, folder: str) -> N
     assert setting.augment == "crop,flip"
 
 
-@pytest.mark.parametrize("script", ["gate", "class_model", "growth", "kill", "residual", "serve"])
+@pytest.mark.parametrize("script", ["gate", "class_model", "growth", "fuzz", "kill", "residual", "serve"])
 def test_a_script_explains_itself(
     script: str, study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,8 +103,8 @@ def test_the_figures_agree_with_the_predictions(stream, reference, tmp_path):
     run(stream, tmp_path / "run")
     with (tmp_path / "run" / "predictions.csv").open(newline="") as file:
         header, *lines = csv.reader(file)
-    assert header == ["image", "label", "task", *stream.class_order]
-    right = [line[1] == header[3:][int(np.argmax([float(p) for p in line[3:]]))] for line in lines]
+    assert header == ["image", "label", "task", *(f"probability:{name}" for name in stream.class_order)]
+    right = [line[1] == stream.class_order[int(np.argmax([float(p) for p in line[3:]]))] for line in lines]
     assert sum(right) / len(right) == reference["final_accuracy"]
     assert len(lines) == sum(len(task.test) for task in stream)
     assert [line[0] for line in lines[:12]] == stream.tasks[0].test.identifiers

@@ -114,7 +114,7 @@ def test_predictions_csv_can_be_read_back():
     ]
     text = report.predictions_csv(["cat", "dog, small"], batches).decode()
     lines = list(csv.reader(io.StringIO(text)))
-    assert lines[0] == ["image", "label", "task", "cat", "dog, small"]
+    assert lines[0] == ["image", "label", "task", "probability:cat", "probability:dog, small"]
     assert lines[1] == ["cat/1.jpg", "cat", "task 1", "0.9", "0.1"]
     assert lines[2] == ['odd "name", 2.jpg', "dog, small", "task 1", "0", "1"]
     assert [float(p) for p in lines[3][3:]] == pytest.approx([1 / 3, 2 / 3], abs=1e-6)

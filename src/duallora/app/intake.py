@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,11 @@ from torch.utils.data import Dataset
 from duallora.app.seen_file import Seen
 from duallora.app.twins import Twins, find_twins
 from duallora.app.uploads import Found
-from duallora.data.images import read_image
+from duallora.data.decoding import Read
+from duallora.data.images import is_image_name, read_image
 from duallora.errors import DualLoRAError
+from duallora.streams.names import normal
+from duallora.streams.split_folders import Inside, parts
 from duallora.streams.task import TaskDataset, as_task_dataset, check_class_names, hold_back
 
 EVERY = 5
@@ -110,12 +112,13 @@ class Draft:
         """All files; other threads may add some meanwhile."""
         return [seen.path for own in list(self.files.values()) for seen in list(own)]
 
-    def add(self, given: Sequence[Sequence[Found]], name: str) -> list[str]:
+    def add(self, given: Sequence[Sequence[Found]], name: str, read: Read = read_image) -> list[str]:
         """Sorts files into classes and looks at them.
 
         Args:
             given: files; each sequence is a zip, a folder, or the loose files of one drop.
             name: of the class; where a zip or a folder has several class folders, these are the names.
+            read: decodes a file.
 
         Returns:
             Notes for the user, one sentence each.
@@ -133,7 +136,7 @@ class Draft:
         check_class_names(list(sorted_files))
         for class_name, own in sorted_files.items():
             known = {seen.path for seen in self.files.get(class_name, [])}
-            seen = [Seen.at(found) for found in own if found.path not in known]
+            seen = [Seen.at(found, read) for found in own if found.path not in known]
             with self._lock:
                 self.files.setdefault(class_name, []).extend(seen)
                 self._changes += 1
@@ -215,11 +218,6 @@ def by_class(files: Sequence[Found], name: str, notes: list[str]) -> dict[str, l
     return {name or normal(source): files}
 
 
-def normal(name: str) -> str:
-    """A class name without space around it, in composed unicode."""
-    return unicodedata.normalize("NFC", name).strip()
-
-
 class _Files(Dataset[tuple[Image.Image, int]]):
     """The readable images of a check, decoded when asked for."""
 
@@ -253,15 +251,32 @@ def _check_class(name: str, files: Sequence[Seen]) -> ClassCheck:
 
 
 def _by_folder(files: Sequence[Found], name: str, notes: list[str]) -> dict[str, list[Found]]:
-    tops = {found.parts[0] for found in files}
-    if "train" in tops and tops <= {"train", "val", "test"} and any(len(f.parts) > 2 for f in files):
-        raise DualLoRAError(
-            "this folder holds train/ and val/ or test/; give its train/ alone, the page holds images back "
-            "itself."
-        )
+    _refuse_parts(files)
     classes: dict[str, list[Found]] = defaultdict(list)
     for found in files:
         classes[normal(found.parts[0])].append(found)
     if name:
         notes.append(f"The class name {name} is not used: the folders name {len(classes)} classes.")
     return dict(classes)
+
+
+def _refuse_parts(files: Sequence[Found]) -> None:
+    """Refuses a data set that is divided into parts: their names are no classes.
+
+    Raises:
+        DualLoRAError: it is, or it is not clear whether it is.
+    """
+    tops: dict[str, list[Found]] = defaultdict(list)
+    for found in files:
+        tops[found.parts[0]].append(found)
+    inside = [
+        Inside(name, any(len(f.parts) > 2 for f in own), any(is_image_name(f.path) for f in own))
+        for name, own in tops.items()
+    ]
+    found_parts = parts(inside, "this folder")
+    if found_parts is not None:
+        shown = " and ".join(f"{each}/" for each in (found_parts.train, found_parts.held_out) if each)
+        wanted = f"its {found_parts.train}/" if found_parts.train else "the images to learn from"
+        raise DualLoRAError(
+            f"this folder holds {shown}; give {wanted} alone, the page holds images back itself."
+        )

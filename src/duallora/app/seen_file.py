@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image
 
 from duallora.app.uploads import Found
+from duallora.data.decoding import Read
 from duallora.data.images import is_image_name, read_image
+from duallora.data.unreadable import kind_of_file, remedy
 from duallora.errors import DualLoRAError
 from duallora.storage.atomic import sha256_of
 
@@ -37,17 +39,24 @@ class Seen:
     thumbnail: np.ndarray | None = None
 
     @classmethod
-    def at(cls, found: Found) -> Seen:
-        """Reads and decodes a file once."""
+    def at(cls, found: Found, read: Read = read_image) -> Seen:
+        """Reads and decodes a file once, with ``read``."""
         name = found.parts[-1]
         try:
             digest = sha256_of(found.path)
+        except DualLoRAError as error:
+            return cls(found.path, name, "", str(error).removeprefix(f"{found.path} "))
         except OSError as error:
             return cls(found.path, name, "", f"it could not be read ({error.strerror or error})")
         try:
             if not is_image_name(found.path):
-                raise DualLoRAError("it is not an image by its name")
-            image = read_image(found.path)
+                kind = kind_of_file(found.path)
+                raise DualLoRAError(
+                    f"it is {kind}, which is not read here: {remedy(kind)}"
+                    if kind
+                    else "it is not an image by its name"
+                )
+            image = read(found.path)
         except DualLoRAError as error:
             return cls(found.path, name, digest, str(error).removeprefix(f"{found.path} "))
         return cls(found.path, name, digest, None, difference_hash(image), thumbnail(image))

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duallora.app.page_token import TokenNeeded, new_token, opener
 from duallora.app.uploads import Uploads
-from duallora.serving.guard import LOCAL_NAMES, is_local
+from duallora.runtime.ending import LastMoment, watched
+from duallora.serving.guard import host_name, is_own_name
 from duallora.serving.listening import listening
 
 if TYPE_CHECKING:
@@ -43,14 +45,17 @@ class LocalOnly:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers a request, or refuses it."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a web socket, which the page does not need
+            await send({"type": "websocket.close", "code": 1008})
             return
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if name not in LOCAL_NAMES and not is_local(name):
+        name = host_name(host)
+        if name is None or not is_own_name(name):
             await _refuse(send, 421, "this page answers to names of this machine alone.")
         elif origin and origin != f"http://{host}":
             await _refuse(send, 403, "this page takes nothing from other pages.")
@@ -58,7 +63,14 @@ class LocalOnly:
             await self.app(scope, receive, _guarded(send))
 
 
-def serve(folder: Path, request: ModelRequest, port: int, tell: Callable[[str], None], open_: bool) -> None:
+def serve(
+    folder: Path,
+    request: ModelRequest,
+    port: int,
+    tell: Callable[[str], None],
+    open_: bool,
+    ask_token: bool = True,
+) -> None:
     """Shows the page until the process is asked to end.
 
     Args:
@@ -67,6 +79,7 @@ def serve(folder: Path, request: ModelRequest, port: int, tell: Callable[[str], 
         port: to listen at; 0 takes a free one.
         tell: gets the line that says where the page is.
         open_: whether a browser is opened at it.
+        ask_token: whether requests have to carry a token, which is part of the address that is told.
 
     Raises:
         DualLoRAError: the port is taken, or the folder holds no sound model and something else.
@@ -80,24 +93,28 @@ def serve(folder: Path, request: ModelRequest, port: int, tell: Callable[[str], 
         session = Session(folder, request, uploads)
         try:
             session.newest()
-            application = create_app(session)
-            address = f"http://{HOST}:{listener.getsockname()[1]}"
+            number = listener.getsockname()[1]
+            token = new_token() if ask_token else None
+            application = create_app(session, token, number)
+            address = f"http://{HOST}:{number}" + (f"/?token={token}" if token is not None else "")
             tell(f"page for {folder} at {address}; Ctrl-C ends it")
             if open_:
                 import webbrowser
 
-                webbrowser.open(address)
+                webbrowser.open(opener(uploads.folder, address))
             uploads.start_sweeping()
-            _run(application, listener)
+            _run(application, listener, LastMoment(lambda: _leave_nothing(session, uploads)))
         finally:
             session.close()
 
 
-def create_app(session: Any) -> Any:
+def create_app(session: Any, token: str | None = None, port: int = 0) -> Any:
     """The page as an ASGI application.
 
     Args:
         session: the model.
+        token: that requests have to carry; None asks for none.
+        port: that it listens at.
     """
     import gradio as gr
     from fastapi import FastAPI
@@ -105,9 +122,10 @@ def create_app(session: Any) -> Any:
     from duallora.app import views
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page = views.build(session)
     gr.mount_gradio_app(
         app,
-        views.build(session),
+        page,
         path="/",
         server_name=HOST,
         footer_links=[],
@@ -121,8 +139,18 @@ def create_app(session: Any) -> Any:
         css=views.style(),
         js=views.LIVE,
     )
+    # Gradio checks that files named in a request were uploaded, but only on pages that it launched itself.
+    page.has_launched = page.is_running = True
+    if token is not None:
+        app.add_middleware(TokenNeeded, token=token, port=port)
     app.add_middleware(LocalOnly)
     return app
+
+
+def _leave_nothing(session: Any, uploads: Uploads) -> None:
+    """For an end that waits no longer: nothing stays of the copies nor of a lesson that goes on."""
+    session.give_up()
+    uploads.close()
 
 
 @contextmanager
@@ -140,13 +168,13 @@ def _ending_in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(application: Any, listener: socket.socket) -> None:
+def _run(application: Any, listener: socket.socket, last: LastMoment) -> None:
     import uvicorn
 
     config = uvicorn.Config(
         application, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    watched(uvicorn.Server(config), last).run(sockets=[listener])
 
 
 def _guarded(send: Any) -> Any:

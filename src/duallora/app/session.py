@@ -17,10 +17,11 @@ from duallora.app.intake import Check
 from duallora.app.lesson_thread import Taught, Teaching, Watched, outcome
 from duallora.app.undo_question import Step, first_lesson, lesson_name, quoted, step_back
 from duallora.app.uploads import Uploads
-from duallora.data.images import read_image
+from duallora.data.decoding import Decoders
 from duallora.errors import DualLoRAError
 from duallora.predictions import as_document, predictions, task_probabilities
 from duallora.storage import checkpoint
+from duallora.storage.regular import read_text
 from duallora.training import EVALUATION_BATCH
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from duallora.serving.model_watch import ServedModel
     from duallora.teaching.model_request import ModelRequest
 
+_DECODERS = 2  # processes; each handler of the page decodes one image at a time
+_LAST_STEP = 3  # seconds that the end waits for a lesson
 NOTHING_LEARNED = "the model has learned nothing yet; teach it something first."
 
 
@@ -57,10 +60,13 @@ class Session:
     Attributes:
         teaching: the lesson that runs, or ran last; None before the first.
         uploads: as given.
+        decoders: of images that the browser sent or a path names; a lesson decodes again by itself what they
+            have decoded.
     """
 
     def __init__(self, folder: Path, request: ModelRequest, uploads: Uploads) -> None:
         self.folder, self.request, self.uploads = folder, request, uploads
+        self.decoders = Decoders(_DECODERS)
         self.teaching: Teaching | None = None
         self._current: ServedModel | None = None
         self._seen: tuple[int, int, int] | None = None
@@ -110,11 +116,11 @@ class Session:
     def run_results(self) -> dict[str, Any] | None:
         """``results.json`` of the run that made the model, while it knows the classes that the run taught."""
         try:
-            found = json.loads((self.folder.resolve().parent / "results.json").read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.folder.resolve().parent / "results.json"))
             taught = [(task["name"], task["classes"]) for task in found["tasks"]]
             matrix = found["accuracy_matrix"]
             square = len(matrix) == len(taught) and all(len(row) == len(taught) for row in matrix)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (DualLoRAError, OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         learned = [(task.name, list(task.classes)) for task in self.tasks()]
         return found if square and learned[: len(taught)] == taught else None
@@ -139,7 +145,7 @@ class Session:
         self, model: ServedModel, paths: Sequence[Path], top: int, unknown_below: float | None
     ) -> list[Answer]:
         learner = model.learner
-        images = torch.stack([model.preprocess(read_image(path)) for path in paths])
+        images = torch.stack([model.preprocess(self.decoders.read(path)) for path in paths])
         outputs = learner.outputs_of([images])
         names = [task.name for task in learner.tasks]
         said = predictions(outputs, learner.classes, names, [path.name for path in paths], top)
@@ -266,7 +272,23 @@ class Session:
         """Stops a lesson and waits a moment for it."""
         if self.teaching is not None and self.teaching.running:
             self.teaching.stop()
-            self.teaching.join(5)
+            self.teaching.join(_LAST_STEP)
+        self.decoders.close()
+        if self.busy:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Leaves nothing of a lesson that is still in a step when the process ends.
+
+        Its thread holds the lock, so that nobody else writes there; what it has saved is whole.
+        """
+        self.decoders.close()
+        if self.busy:
+            with suppress(OSError):
+                checkpoint.remove_leftovers(self.folder)
+                if [entry.name for entry in self.folder.iterdir()] == [".lock"]:
+                    (self.folder / ".lock").unlink()
+                    self.folder.rmdir()
 
     def _change(self) -> _Changing:
         return _Changing(self._changing)

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from duallora.data.images import find_files, require_folder
 from duallora.errors import DualLoRAError
 from duallora.storage.atomic import reason
+from duallora.storage.regular import require_regular
 
 MOST_FILES = 20_000
 """Files of a zip or a folder."""
@@ -135,6 +136,7 @@ class Uploads:
         Raises:
             DualLoRAError: it is no zip, is damaged or encrypted, or unpacks to too much.
         """
+        require_regular(archive)
         folder = self.folder / f"zip-{uuid.uuid4().hex}"
         folder.mkdir()
         try:
@@ -215,6 +217,12 @@ def _unpacked(archive: zipfile.ZipFile, folder: Path, shown: str) -> list[Found]
                 f"{shown} has an entry {entry.filename!r} that leads out of it; make the zip again from the "
                 "images alone."
             )
+        # bzip2 and LZMA inflate a chunk without a bound: a kilobyte to gigabytes.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DualLoRAError(
+                f"{shown} is packed with {_method(entry.compress_type)}; make the zip again with the usual "
+                "method, deflate."
+            )
         path = folder / f"{number:05d}{PurePosixPath(parts[-1]).suffix[:10]}"
         # What the directory says of sizes is not believed: a small zip can unpack to a full disk.
         with archive.open(entry) as source, path.open("wb") as target:
@@ -227,6 +235,10 @@ def _unpacked(archive: zipfile.ZipFile, folder: Path, shown: str) -> list[Found]
                 target.write(chunk)
         found.append(Found(path, (PurePosixPath(shown).stem, *parts)))
     return sorted(found, key=lambda each: each.parts)
+
+
+def _method(number: int) -> str:
+    return {12: "bzip2", 14: "LZMA", 93: "Zstandard"}.get(number, f"method {number}")
 
 
 def _parts(entry: zipfile.ZipInfo) -> tuple[str, ...]:

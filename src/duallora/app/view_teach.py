@@ -109,7 +109,7 @@ class Teach:
         before = set(visitor.draft.files)
         payload = [*(files or []), *chosen(folder)]
         with self.shell.visitors.given(visitor, payload, path or "") as given:
-            notes = visitor.draft.add(given, name or "")
+            notes = visitor.draft.add(given, name or "", self.session.decoders.read)
         new = [each for each in visitor.draft.files if each not in before]
         told = f"{', '.join(new)} added." if new else "The images were added to their classes."
         said = html.done(told) + "".join(html.paragraph(note) for note in notes)

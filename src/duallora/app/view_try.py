@@ -13,9 +13,10 @@ from duallora.app.seen_file import Seen
 from duallora.app.session import NOTHING_LEARNED, Answer
 from duallora.app.shell import PRIVATE, Shell, count, sentences
 from duallora.app.uploads import Found
-from duallora.data.images import is_image_name, read_image
+from duallora.data.images import is_image_name
+from duallora.data.unreadable import left_out
 from duallora.errors import DualLoRAError
-from duallora.predictions import UNKNOWN, as_csv
+from duallora.predictions import as_csv
 
 _TOP = 5
 _MOST_ROWS = 500
@@ -102,7 +103,7 @@ class Try:
             return html.paragraph("Drop, choose, paste or photograph a picture.")
         name = str(payload.get("orig_name") or path.name)
         try:
-            read_image(path)
+            self.session.decoders.read(path)
         except DualLoRAError as error:
             raise DualLoRAError(str(error).replace(str(path), name)) from error
         (answer,) = self.session.ask([path], _TOP, float(below))
@@ -124,30 +125,32 @@ class Try:
         Raises:
             DualLoRAError: there are none, or too many.
         """
-        # Folders are walked as `duallora predict` walks them: other files are no concern.
+        # Folders are walked as `duallora predict` walks them.
+        others = [e.path for e in found if len(e.parts) > 1 and not is_image_name(e.path)]
         found = [each for each in found if len(each.parts) == 1 or is_image_name(each.path)]
         if not found:
+            told = f" {left_out(others)}." if others else ""
             raise DualLoRAError(
-                "there are no images; choose some, a zip, or the path of a folder that has some."
+                f"there are no images; choose some, a zip, or the path of a folder that has some.{told}"
             )
         if len(found) > _MOST_IMAGES:
             raise DualLoRAError(
                 f"these are {len(found):,} images, more than {_MOST_IMAGES:,}; `duallora predict` takes any "
                 "number."
             )
-        seen = [Seen.at(each) for each in found]
+        seen = [Seen.at(each, self.session.decoders.read) for each in found]
         good = [(each.name, s.path) for each, s in zip(found, seen, strict=True) if s.reason is None]
         bad = [(each.name, s.reason) for each, s in zip(found, seen, strict=True) if s.reason is not None]
         answers = self.session.ask([path for _, path in good], 3, below) if good else []
         records = [a.record | {"path": name} for a, (name, _) in zip(answers, good, strict=True)]
-        return _many(records, bad)
+        return _many(records, bad) + (html.paragraph(f"{left_out(others)}.") if others else "")
 
 
 def shown(answer: Answer, below: float) -> str:
     """An answer about one picture, as HTML."""
     record = answer.record
     familiarity = 1 - record["unknown"]
-    if record["class"] == UNKNOWN:
+    if record["called_unknown"]:
         first = '<p class="answer">unknown</p>' + html.paragraph(
             f"It fits nothing that was learned: its familiarity {familiarity:.2f} is below {below:.2f}. The "
             f"nearest class is {record['top'][0]['class']}."
@@ -173,7 +176,7 @@ def shown(answer: Answer, below: float) -> str:
 
 
 def _is_doubtful(record: dict[str, Any]) -> bool:
-    return bool(record["class"] != UNKNOWN and 1 - record["unknown"] < _DOUBTFUL)
+    return bool(not record["called_unknown"] and 1 - record["unknown"] < _DOUBTFUL)
 
 
 def _gate(answer: Answer) -> str:

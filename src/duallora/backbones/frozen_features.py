@@ -18,6 +18,7 @@ from torch import Tensor
 from duallora.backbones.backbone import Backbone
 from duallora.errors import DualLoRAError
 from duallora.storage.atomic import write_atomic
+from duallora.storage.regular import read_regular
 
 _DIGEST = 16  # bytes
 
@@ -68,7 +69,7 @@ class FrozenFeatures:
             DualLoRAError: the file cannot be read, or its features are not as wide as the backbone's.
         """
         try:
-            tensors = safetensors.torch.load(path.read_bytes())
+            tensors = safetensors.torch.load(read_regular(path))
             keys, features = tensors["keys"], tensors["features"]
         except (OSError, SafetensorError, KeyError) as error:
             raise DualLoRAError(

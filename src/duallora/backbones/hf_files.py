@@ -17,6 +17,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from duallora.backbones.catalog import HUGGING_FACE
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import read_regular
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 
@@ -211,7 +212,7 @@ def pair(size: Any) -> tuple[int, int]:
 
 def _json(path: Path | None) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_bytes()) if path is not None else None
+        fields = json.loads(read_regular(path)) if path is not None else None
     except (OSError, ValueError, RecursionError) as error:
         raise DualLoRAError(f"{path} cannot be read or is not JSON; fetch it again.") from error
     if not isinstance(fields, dict):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import open_regular
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class WeightFile:
             DualLoRAError: it cannot be read or is no complete ``.safetensors`` file.
         """
         try:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             with safe_open(path, framework="pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not iterable)

@@ -1,21 +1,30 @@
-"""A Gaussian per row with a covariance of its own, and heads refitted on what is drawn from it."""
+"""A Gaussian per row with a covariance of its own, and heads refitted on what is drawn from it.
+
+Every refit starts from the heads as their training left them, not from what the last refit made of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.heads import Heads
 
 
 class Gaussians(ByRow):
-    """Mean (R, d) and covariance (R, d, d) of every row, fp32 on the CPU: ``4 d (d + 1)`` bytes a row.
+    """Mean (R, d), covariance (R, d, d) and trained head of every row, fp32 on the CPU.
+
+    That takes ``4 (d + 1)^2`` bytes a row.
 
     Args:
         dim: d, width of the features.
+
+    Attributes:
+        weight: of the heads as their training left them (R, d).
+        bias: likewise (R,).
     """
 
     def __init__(self, dim: int) -> None:
@@ -24,6 +33,20 @@ class Gaussians(ByRow):
         self.register_buffer("mean", torch.zeros(0, dim))
         self.covariance: Tensor
         self.register_buffer("covariance", torch.zeros(0, dim, dim))
+        self.weight: Tensor
+        self.register_buffer("weight", torch.zeros(0, dim))
+        self.bias: Tensor
+        self.register_buffer("bias", torch.zeros(0))
+
+    def keep(self, head: nn.Module) -> None:
+        """Keeps the head that training left the rows of a task."""
+        weight, bias = (head.get_parameter(name).detach().float().cpu() for name in ("weight", "bias"))
+        self.weight, self.bias = torch.cat([self.weight, weight]), torch.cat([self.bias, bias])
+
+    @torch.no_grad()
+    def restore(self, heads: Heads) -> None:
+        """Puts all heads back to what their training left."""
+        write(heads, self.weight, self.bias)
 
     def add(self, features: Tensor, labels: Tensor, classes: int) -> None:
         """Adds the rows of a task from its features (n, d) and labels (n,); one image has covariance 0."""
@@ -39,10 +62,12 @@ class Gaussians(ByRow):
         """So many rows around zero, for measurements."""
         dim = self.mean.shape[1]
         self.mean, self.covariance = torch.zeros(rows, dim), torch.eye(dim).repeat(rows, 1, 1)
+        self.weight, self.bias = torch.zeros(rows, dim), torch.zeros(rows)
 
     def forget(self, kept: Tensor) -> None:
         """Loses rows; ``kept`` (R,), bool, says which stay."""
         self.mean, self.covariance = self.mean[kept], self.covariance[kept]
+        self.weight, self.bias = self.weight[kept], self.bias[kept]
 
     def move(self, mean: Tensor, jacobian: Tensor) -> None:
         """Rows now lie at ``mean`` (R, d) with covariances ``J S J^T``, J = dy/dx (R, d, d) or (d, d)."""
@@ -73,11 +98,12 @@ def refit(
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
+    end: float = 0.0,
 ) -> None:
     """Trains all heads together on features drawn from Gaussians, from where they are.
 
     Every epoch draws anew; every batch holds equally many samples of every row. The learning rate follows a
-    cosine to zero.
+    cosine.
 
     Args:
         heads: changed in place.
@@ -89,6 +115,7 @@ def refit(
         epochs: over the samples.
         batch_size: samples of all rows in a step, rounded down to equal shares; at least one a row.
         generator: draws the samples.
+        end: the share of the learning rate that the cosine ends at.
     """
     device, rows = heads.device, len(mean)
     each = min(max(batch_size // rows, 1), samples)
@@ -96,7 +123,8 @@ def refit(
     weight, bias = (p.requires_grad_() for p in parameters)
     steps = epochs * (samples // each)
     steepest = optimizer([weight, bias])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(steepest, T_max=max(steps, 1))
+    last = end * steepest.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(steepest, T_max=max(steps, 1), eta_min=last)
     target = torch.arange(rows, device=device).repeat_interleave(each)
     for _ in range(epochs):
         noise = torch.randn(rows, samples, mean.shape[1], generator=generator).to(device)
@@ -108,7 +136,12 @@ def refit(
             steepest.step()
             schedule.step()
     with torch.no_grad():
-        sizes = [len(h.bias) for h in heads.tasks]  # type: ignore[arg-type]
-        for head, w, b in zip(heads.tasks, weight.split(sizes), bias.split(sizes), strict=True):
-            head.weight.copy_(w)  # type: ignore[operator]
-            head.bias.copy_(b)  # type: ignore[operator]
+        write(heads, weight, bias)
+
+
+def write(heads: Heads, weight: Tensor, bias: Tensor) -> None:
+    """Writes weight (R, d) and bias (R,) of all rows into the heads of the tasks."""
+    sizes = [len(h.bias) for h in heads.tasks]  # type: ignore[arg-type]
+    for head, w, b in zip(heads.tasks, weight.split(sizes), bias.split(sizes), strict=True):
+        head.weight.copy_(w)  # type: ignore[operator]
+        head.bias.copy_(b)  # type: ignore[operator]

@@ -91,7 +91,7 @@ class ClassStatistics(Learned):
         device: where scores are computed; the statistics stay on the CPU in fp64.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"forgotten"})
+    optional: ClassVar[frozenset[str]] = frozenset({"forgotten", "shrinks"})
 
     def __init__(self, dim: int, device: torch.device) -> None:
         super().__init__(device)
@@ -108,6 +108,10 @@ class ClassStatistics(Learned):
         # Tasks and degrees of freedom, where forgotten rows left more of them than the rows show.
         self.forgotten: Tensor | None
         self.register_buffer("forgotten", None)
+        # There where scores know how many images a row has: rows that were saved before they did answer as
+        # they have, until the next task.
+        self.shrinks: Tensor | None
+        self.register_buffer("shrinks", torch.tensor([True]))
         # Of each task's own images: the loss of every kappa, never recomputed, then q95 and standard
         # deviation of their distances.
         self.fit = ByTask()
@@ -154,6 +158,7 @@ class ClassStatistics(Learned):
         """Adds the rows of ``task``; those of an earlier pass over the same task are replaced."""
         if task != self.tasks - 1:
             self._before = self.moments.scatter
+        self.shrinks = torch.tensor([True])
         old = self.task < task
         count, mean = self.moments.count[old], self.moments.mean[old]
         self.task = torch.cat([self.task[old], torch.full((len(new.count),), task)])
@@ -213,6 +218,10 @@ class ClassStatistics(Learned):
         """Row scores ``s`` (n, R) up to a constant per image; ``own`` leaves each image out of its row."""
         return self._gaussian.scores(self.whitened(f), own)
 
+    def shares(self, count: Tensor) -> Tensor:
+        """Share of ``nu`` that scores take of rows with so many images each (k,); see ``few_images``."""
+        return self._gaussian.shares(count)
+
     def log_q(self, f: Tensor, own: Own | None = None) -> Tensor:
         """Log-posterior over rows (n, R), uniform prior over rows."""
         return (self.kappa * self.scores(f, own)).log_softmax(1)
@@ -228,14 +237,13 @@ class ClassStatistics(Learned):
 
     def distance(self, f: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
         """Smallest Mahalanobis distance to a row's mean (n,) and the row it belongs to (n,)."""
-        z = self.whitened(f)
-        return self._gaussian.nearest(z, self._gaussian.scores(z, own))
+        return self._gaussian.nearest(self.whitened(f), own)
 
     def posterior_and_familiarity(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), whose largest part is the same."""
+        """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), from one look at the features."""
         z = self.whitened(f)
-        scores = self._gaussian.scores(z)
-        return (self.kappa * scores).log_softmax(1), self._familiarity(*self._gaussian.nearest(z, scores))
+        log_q = (self.kappa * self._gaussian.scores(z)).log_softmax(1)
+        return log_q, self._familiarity(*self._gaussian.nearest(z))
 
     def familiarity(self, f: Tensor) -> Tensor:
         """``sigmoid((q95 - m) / s)`` (n,), q95 and s of the nearest row's task."""
@@ -254,7 +262,7 @@ class ClassStatistics(Learned):
         centre = self.reference.float().to(self.device)
         mine = (self.task == task).to(self.device)
         known = self._gaussian
-        nu = known.nu[mine] + (known.centre - centre) @ known.map
+        nu = known.counted[mine] + (known.centre - centre) @ known.map
         weight = self.kappa * nu @ known.map.T
         return weight, -(weight @ centre) - self.kappa * nu.square().sum(1) / 2
 
@@ -332,12 +340,14 @@ class ClassStatistics(Learned):
         self._member = F.one_hot(self.row_task, max(self.tasks, 1)).float()
         self._tabulate()
         covariance = self._covariance() if len(self.task) else None
-        self._gaussian = SharedGaussian(m.mean, m.count, covariance, self.device)
+        self._gaussian = SharedGaussian(
+            m.mean, m.count, covariance, self.device, shrinks=self.shrinks is not None
+        )
 
-    def _covariance(self) -> Tensor:
-        """Within-class covariance (d, d), shrunk."""
+    def _covariance(self) -> tuple[Tensor, Tensor]:
+        """Within-class covariance (d, d), as it was found and shrunk."""
         m = self.moments
         scatter, freedom = m.scatter, self.freedom
         if freedom < 1:  # single images say nothing of the spread in a class: as wide as that between them
             scatter, freedom = torch.diag((m.mean - m.mean.mean(0)).square().sum(0)), max(len(m.mean) - 1, 1)
-        return shrunk(scatter, freedom)
+        return scatter / freedom, shrunk(scatter, freedom)

@@ -3,7 +3,8 @@
 In the coordinates ``z = (f - m) C^-T`` with ``Sigma = C C^T`` (m: mean of the row means) the score
 ``s_c = f Sigma^-1 mu_c^T - 1/2 mu_c Sigma^-1 mu_c^T`` is ``z nu_c^T - |nu_c|^2 / 2`` up to a term that is the
 same for all rows, and the Mahalanobis distance is ``|z - nu_c|``: one triangular solve in fp64 when rows
-change, small fp32 products afterwards.
+change, small fp32 products afterwards. In scores, rows of few images beside rows of many count with a share
+of their ``nu_c`` only (``few_images``); distances are to the means as they were found.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duallora.classifiers.covariance import whitening
+from duallora.classifiers.few_images import shares, spread_of_means
 
 
 class Own(NamedTuple):
@@ -29,26 +31,51 @@ class SharedGaussian:
     Args:
         mean: (R, d), fp64.
         count: images of each (R,), fp64.
-        covariance: (d, d), fp64; None without rows.
+        covariance: (d, d), fp64, as it was found and regularised on the diagonal; None without rows.
         device: where scores are computed.
+        shrinks: whether rows of few images count with a share of their ``nu``.
 
     Attributes:
         nu: means in whitened coordinates (R, d), fp32.
         map: features into whitened coordinates (d, d), fp32.
         centre: mean of the means (d,), fp32.
         count: images of each (R,), fp32.
+        counted: what scores take of ``nu`` (R, d), fp32.
     """
 
-    def __init__(self, mean: Tensor, count: Tensor, covariance: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        count: Tensor,
+        covariance: tuple[Tensor, Tensor] | None,
+        device: torch.device,
+        *,
+        shrinks: bool = True,
+    ) -> None:
+        self._trace, self._between, self._shrinks = 0.0, 0.0, shrinks
         if covariance is None:
             nu, inverse = mean, torch.zeros(mean.shape[1], 0)  # there is nothing to be far from
             centre = torch.zeros(mean.shape[1], dtype=torch.float64)
         else:
             centre = mean.mean(0)
-            nu, inverse = whitening(covariance, mean - centre, device)
+            found, sigma = covariance
+            nu, inverse = whitening(sigma, mean - centre, device)
+            # tr(S), S = C^-1 found C^-T; C C^T differs from what was found on the diagonal alone.
+            added = (sigma - found).diagonal().to(inverse.device)
+            self._trace = len(sigma) - float((added * inverse.square().sum(1)).sum())
+            self._between = spread_of_means(nu.cpu(), count, self._trace)
         self.nu, self.map = nu.float().to(device), inverse.float().to(device)
         self.centre, self.count = centre.float().to(device), count.float().to(device)
+        share = self.shares(self.count)[:, None]
+        self.counted = share * self.nu
         self._half = self.nu.square().sum(1) / 2
+        self._counted_half = self.counted.square().sum(1) / 2
+
+    def shares(self, count: Tensor) -> Tensor:
+        """Share of ``nu`` that scores take of rows with so many images each (k,), beside these rows."""
+        if not self._shrinks or not len(self.count):
+            return torch.ones_like(count)
+        return shares(count, float(self.count.max()), self._between, self._trace)
 
     def whitened(self, f: Tensor) -> Tensor:
         """Features (n, d) in the coordinates ``z`` of this module, around the mean of the row means."""
@@ -57,20 +84,26 @@ class SharedGaussian:
 
     def scores(self, z: Tensor, own: Own | None = None) -> Tensor:
         """Row scores ``s`` (n, R) up to a constant per image, for features in whitened coordinates (n, d)."""
-        scores: Tensor = z @ self.nu.T - self._half
+        scores: Tensor = z @ self.counted.T - self._counted_half
         if own is None:
             return scores
-        nu = self._left_out(own)
+        share = self.shares(self.count[own.row] - 1)
+        return self._without_own(scores, z, own, share[:, None] * self._left_out(own))
+
+    def nearest(self, z: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest Mahalanobis distance to a mean (n,) and the row it belongs to (n,)."""
+        products: Tensor = z @ self.nu.T - self._half
+        if own is not None:
+            products = self._without_own(products, z, own, self._left_out(own))
+        best, row = (z.square().sum(1, keepdim=True) - 2 * products).min(1)
+        return best.clamp(min=0).sqrt(), row
+
+    def _without_own(self, scores: Tensor, z: Tensor, own: Own, nu: Tensor) -> Tensor:
+        """Scores with that of the own row from ``nu`` (n, d), its mean without the image."""
         value = (z * nu).sum(1) - nu.square().sum(1) / 2
         # Without its only image a row does not exist; where it is the only row, it stays.
         alone = (self.count[own.row] <= 1) & (len(self.count) > 1)
         return scores.scatter(1, own.row[:, None], torch.where(alone, -torch.inf, value)[:, None])
-
-    @staticmethod
-    def nearest(z: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest Mahalanobis distance to a mean (n,) and the row it belongs to (n,), from the scores."""
-        best, row = (z.square().sum(1, keepdim=True) - 2 * scores).min(1)
-        return best.clamp(min=0).sqrt(), row
 
     def unseen_distance(self, f: Tensor, own: Own, freedom: float) -> Tensor:
         """Smallest distance (n,) of each image to a row, had it been in neither a mean nor the covariance.

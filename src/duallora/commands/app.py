@@ -16,6 +16,7 @@ def app(
     *,
     port: int = 7860,
     open_: bool = False,
+    no_token: bool = False,
     method: MethodChoice | None = None,
     backbone: str | None = None,
     backbone_file: Path | None = None,
@@ -29,6 +30,7 @@ def app(
         model: folder of the saved model; created by the first lesson when it does not exist
         port: of 127.0.0.1, to listen at; 0 takes a free one and says which
         open_: open the page in the browser
+        no_token: ask for no token; then every account of this machine can use the page
         method: what learns
         backbone: of a new model, embedded (default) or a timm ViT by its full tag
         backbone_file: local .safetensors file with the backbone's weights, copied into the model
@@ -45,7 +47,7 @@ def app(
     from duallora.teaching.model_request import ModelRequest
 
     request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
-    serve(model, request, port, console.line, open_)
+    serve(model, request, port, console.line, open_, not no_token)
 
 
 def _require_gradio() -> None:

@@ -23,7 +23,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
 from duallora.commands.configs import read_config, take_config_files
-from duallora.commands.parse_errors import explain, nearest, refuse_unknown
+from duallora.commands.parse_errors import explain, nearest, refuse_blank, refuse_unknown
 from duallora.errors import DualLoRAError
 from duallora.teaching.method_choice import DEFAULT_METHOD, MethodChoice
 
@@ -60,6 +60,7 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         words = [_spell_out(word) for word in words]
         method = _find_method(words, configs)
     parser = build_parser(verb, command, method)
+    refuse_blank(configs, parser)
     refuse_unknown(words, configs, parser, method)
     # Files go first: a value on the command line wins over any file, wherever it stands.
     texts = [text for config in configs for text in ("--config", json.dumps(config, default=str))]
@@ -205,6 +206,11 @@ def _find_method(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> str
     from duallora.methods import METHODS
 
     named = [config["method"].get("name") for config in configs if isinstance(config.get("method"), dict)]
+    for name in named:
+        if name is not None and not isinstance(name, str):
+            raise DualLoRAError(
+                f"method.name is a {type(name).__name__} in the configuration; write one name."
+            )
     for position, word in enumerate(words):
         if word == "--method.name":
             named += words[position + 1 : position + 2]

@@ -21,6 +21,7 @@ from duallora.commands.run_setting import Setting, load_setting
 from duallora.commands.subprocess_jobs import Job, run_jobs
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
+from duallora.storage.regular import read_regular
 from duallora.teaching.method_choice import MethodChoice
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
     if not path.exists():
         return None
     try:
-        results: Results = json.loads(path.read_bytes())
+        results: Results = json.loads(read_regular(path))
         tasks, classes = results["tasks"], results["stream"]["class_order"]
         counts = (sum(task[f"{part}_images"] for task in tasks) for part in ("train", "test"))
         there = {"version": results["version"], **results["config"], **_images(classes, *counts)}

@@ -81,7 +81,12 @@ def _listed(groups: dict[str, list[str]]) -> str:
 def _training(entry: Entry) -> str:
     fields = entry.runs[0]["config"]["method"]
     kind = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}[fields.get("optimizer", "adam")]
-    fall = {"cosine": "cosine to zero", "constant": "constant rates"}[fields.get("schedule", "cosine")]
+    fall = {
+        "cosine": "cosine to zero",
+        "constant": "constant rates",
+        "quarter-cosine": "quarter of a cosine",
+        "step": "a tenth of the rate in the last fifth",
+    }[fields.get("schedule", "cosine")]
     decay = f", weight decay {fields['weight_decay']}" if fields.get("weight_decay") else ""
     passes = f"{fields['epochs']} epochs, batches of {fields['batch_size']}"
     return f"{passes}, {kind}, {fall}{decay}, heads at {fields['head_learning_rate']}"

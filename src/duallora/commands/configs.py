@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,10 @@ from typing import Any
 from jsonargparse import get_loader
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import read_text
+
+_MOST_LETTERS = 1_000_000
+_MOST_VALUES = 10_000
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -54,7 +58,10 @@ def read_config(file: str) -> dict[str, Any]:
         DualLoRAError: No such file, not YAML, or not a mapping.
     """
     try:
-        config = get_loader("yaml")(_read_text(file))
+        text = _read_text(file)
+        if len(text) > _MOST_LETTERS:
+            raise DualLoRAError(f"{file} is larger than a configuration can be; give a YAML file of options.")
+        config = get_loader("yaml")(text)
     except DualLoRAError:
         raise
     except Exception as error:  # the YAML library's own class, which jsonargparse does not export
@@ -62,9 +69,26 @@ def read_config(file: str) -> dict[str, Any]:
         raise DualLoRAError(f"{file} is not valid YAML: {detail}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise DualLoRAError(f"{file} holds no configuration: write one 'option: value' a line.")
+    if _is_too_much(config):
+        raise DualLoRAError(f"{file} has more than {_MOST_VALUES:,} values: an option takes a line.")
     if isinstance(config.get("method"), str):
         config["method"] = {"name": config["method"]}
     return config
+
+
+def _is_too_much(config: Any) -> bool:
+    """Whether there are more values than any command takes; an alias counts as often as it is used."""
+    left, waiting = _MOST_VALUES, [config]
+    while waiting:
+        value = waiting.pop()
+        left -= 1
+        if left < 0:
+            return True
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return False
 
 
 def _read_text(file: str) -> str:
@@ -73,7 +97,7 @@ def _read_text(file: str) -> str:
     if not path.exists() and shipped in shipped_configs():
         return (resources.files("duallora") / "configs" / f"{shipped}.yaml").read_text(encoding="utf-8")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError as error:
         raise DualLoRAError(
             f"there is no file {file}, and no shipped configuration of that name (there are "

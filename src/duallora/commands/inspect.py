@@ -16,8 +16,11 @@ def inspect(model: Path, *, json: bool = False) -> None:
     """
     from duallora.methods.saved_state import description
     from duallora.storage import checkpoint
+    from duallora.storage.soundness import check
 
-    about = description(model, *checkpoint.read(model))
+    manifest, tensors = checkpoint.read(model)
+    check(model, manifest, tensors)
+    about = description(model, manifest, tensors)
     with checkpoint.intact(model):
         heading = f"method {about['method']}, backbone {about['backbone']['name']}"
         cells = [

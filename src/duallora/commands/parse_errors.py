@@ -51,6 +51,41 @@ def refuse_unknown(
                 raise DualLoRAError(_unknown_option(f"--{name}", options, parser.prog, method))
 
 
+def refuse_blank(configs: Sequence[Mapping[str, Any]], parser: ArgumentParser) -> None:
+    """Refuses keys of YAML files without a value, and lists or sections where one value belongs.
+
+    Args:
+        configs: Contents of the YAML files.
+        parser: The command's parser.
+
+    Raises:
+        DualLoRAError: Naming the key.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    for config in configs:
+        for key, value in _flat(config):
+            action = actions.get("method.name" if key == "method" else key)
+            if action is None:  # another check names what it could be
+                continue
+            if value is None and (key == "method" or not _may_be_none(action)):
+                raise DualLoRAError(
+                    f"{key} has no value in the configuration; write one, or remove the line."
+                )
+            if isinstance(value, list | Mapping) and not _takes_several(action):
+                kind = "a list" if isinstance(value, list) else "a section"
+                takes = _takes(action) or "one value"
+                raise DualLoRAError(f"{key} is {kind} in the configuration; it takes {takes}.")
+
+
+def _may_be_none(action: Any) -> bool:
+    return type(None) in get_args(_hint(action)) or (action.default is None and not action.required)
+
+
+def _takes_several(action: Any) -> bool:
+    hint = _hint(action)
+    return action.nargs in ("+", "*") or list in (hint, get_origin(hint), *map(get_origin, get_args(hint)))
+
+
 def explain(
     message: str, words: Sequence[str], configs: Sequence[Mapping[str, Any]], parser: ArgumentParser
 ) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -67,16 +68,22 @@ def predict(
 
 def _walk(places: list[Path]) -> list[Path]:
     """The images named, and those in the folders named, each folder sorted."""
-    from duallora.data.images import find_images
+    from duallora.data.images import find_files, is_image_name
+    from duallora.data.unreadable import left_out
 
     paths: list[Path] = []
     for place in places:
         if not place.is_dir():
             paths.append(place)
             continue
-        inside = find_images(place)
+        files = find_files(place)
+        inside = [path for path in files if is_image_name(path)]
+        others = [path for path in files if not is_image_name(path)]
         if not inside:
-            raise DualLoRAError(f"the folder {place} holds no images; name another one.")
+            told = f" ({left_out(others)})" if others else ""
+            raise DualLoRAError(f"the folder {place} holds no images{told}; name another one.")
+        if others:
+            warnings.warn(f"of {place}, {left_out(others)}", stacklevel=2)
         paths += inside
     for path in paths:
         if not path.exists():

@@ -19,6 +19,7 @@ from duallora.commands.parse_errors import nearest
 from duallora.commands.run import run_on
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
+from duallora.storage.regular import read_regular
 from duallora.teaching.method_choice import MethodChoice
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Protocol:
     Attributes:
         name: ``TABLE/ROW``.
         stream: The data set, its tasks and their order; the order 0 stands for each run's seed.
-        by_seed: Whether the class order is that of each run's seed.
+        by_seed: Whether the class order is that of each run's seed; where the stream's own is alphabetical,
+            seed 0 keeps it, as in CODA-Prompt's code.
         backbone: The backbone, its preprocessing and the training views.
         method: The method and its fields.
         seeds: Of the runs that were averaged.
@@ -55,7 +57,8 @@ class Protocol:
 
     def ordered(self, seed: int) -> StreamOptions:
         """The stream of one run."""
-        return dataclasses.replace(self.stream, order=seed) if self.by_seed else self.stream
+        kept = not self.by_seed or (seed == 0 and self.stream.order == "alphabetical")
+        return self.stream if kept else dataclasses.replace(self.stream, order=seed)
 
 
 def reproduce(
@@ -128,9 +131,10 @@ def read_protocol(name: str) -> Protocol:
     with resources.as_file(resources.files("duallora") / "configs" / "paper" / f"{name}.yaml") as path:
         given = read_config(str(path))
     seeds, expected = tuple(given.pop("seeds")), given.pop("expected", {})
-    by_seed = given.get("order") == "seed"
+    rule = given.get("order")
+    by_seed = rule in ("seed", "trial")
     if by_seed:
-        given["order"] = 0
+        given["order"] = "alphabetical" if rule == "trial" else 0
     method = dict(given.pop("method"))
     groups = []
     for kind in (StreamOptions, BackboneOptions):
@@ -168,7 +172,7 @@ def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int) -> di
 
     path = folder / "results.json"
     if path.exists():
-        known: dict[str, Any] = json.loads(path.read_bytes())
+        known: dict[str, Any] = json.loads(read_regular(path))
         asked = {"name": protocol.method.name, **dataclasses.asdict(protocol.method.config())}
         if known["config"]["seed"] != seed or known["config"]["method"] != asked:
             raise DualLoRAError(f"{folder} is another run; name another --out, or move it away.")

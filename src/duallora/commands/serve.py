@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +12,7 @@ from duallora.commands.number_ranges import require_range
 from duallora.errors import DualLoRAError
 from duallora.serving.limits import Limits
 
+_GRACE = 5  # seconds that requests get to end when the server is asked to
 _NEEDED = ("fastapi", "uvicorn", "python_multipart")
 
 
@@ -46,7 +49,9 @@ def serve(
 
     import uvicorn
 
+    from duallora.runtime.ending import LastMoment, Terminated, watched
     from duallora.serving.app import create_app
+    from duallora.serving.json_protocol import JsonProtocol
     from duallora.serving.listening import listening
     from duallora.serving.model_watch import ModelWatch
 
@@ -60,9 +65,13 @@ def serve(
             app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(limits.timeout) + 1,
+            timeout_graceful_shutdown=min(int(limits.timeout) + 1, _GRACE),
+            http=JsonProtocol,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        # A client gets its answer to a malformed form; the log needs no line of it.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
+        with suppress(Terminated):  # asked for, and done
+            watched(uvicorn.Server(config), LastMoment()).run(sockets=[listener])
 
 
 def _require_libraries() -> None:

@@ -31,7 +31,7 @@ CROP_RATIO: tuple[float, float] = (3 / 4, 4 / 3)
 """Smallest and largest ratio of width to height of a random crop."""
 
 _CROP_ATTEMPTS = 10
-_LONGEST_STRIP = 8
+_LONGEST_STRIP = 64  # times the input; a longer resized image is not made whole
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -161,7 +161,7 @@ class EvaluationTransform:
 
     def pixels(self, image: ImageLike) -> Pixels:
         """The view before normalisation: (height, width, 3)."""
-        picture = to_pil(image) if self.squash else _without_long_ends(to_pil(image))
+        picture = to_pil(image)
         width, height = picture.size
         if self.squash:
             size = (self.scaled_width, self.scaled_height)
@@ -169,9 +169,16 @@ class EvaluationTransform:
             size = (int(self.scaled_height * width / height), self.scaled_height)
         else:
             size = (self.scaled_width, int(self.scaled_width * height / width))
+        left, upper = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
+        if max(size) > _LONGEST_STRIP * max(self.scaled_width, self.scaled_height):
+            # Only the part that the crop keeps: the same pixels up to rounding, without the memory of all.
+            across, down = width / size[0], height / size[1]
+            right, lower = left + self.width, upper + self.height
+            box = (left * across, upper * down, min(right * across, width), min(lower * down, height))
+            kept = picture.resize((self.width, self.height), self.resampling, box=box)
+            return np.asarray(kept)
         if size != picture.size:
             picture = picture.resize(size, self.resampling)
-        left, upper = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
         if size != (self.width, self.height):
             picture = picture.crop((left, upper, left + self.width, upper + self.height))
         return np.asarray(picture)
@@ -199,18 +206,6 @@ class EvaluationTransform:
         for channel, (scale, shift) in enumerate(zip(self.scale, self.shift, strict=True)):
             values[:, channel].mul_(float(scale)).add_(float(shift))
         return values
-
-
-def _without_long_ends(picture: Image.Image) -> Image.Image:
-    """Cuts what the centre crop drops anyway off a strip, which would be blown up by the resize."""
-    width, height = picture.size
-    if width > _LONGEST_STRIP * height:
-        left = (width - _LONGEST_STRIP * height) // 2
-        return picture.crop((left, 0, left + _LONGEST_STRIP * height, height))
-    if height > _LONGEST_STRIP * width:
-        upper = (height - _LONGEST_STRIP * width) // 2
-        return picture.crop((0, upper, width, upper + _LONGEST_STRIP * width))
-    return picture
 
 
 def _random_box(width: int, height: int, share: float, random: Random) -> Box:

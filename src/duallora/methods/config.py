@@ -21,7 +21,8 @@ class MethodConfig:
         batch_size: images per optimiser step.
         head_learning_rate: learning rate of the heads.
         optimizer: adam, adamw, or sgd with momentum .9.
-        schedule: of the learning rates over a task: one cosine to zero, or none.
+        schedule: of the learning rates over a task: one cosine to zero, none, a quarter of a cosine by epochs
+            as the code of CODA-Prompt and InfLoRA has it, or a tenth in the last fifth of the epochs.
         weight_decay: of everything that is trained, as the optimizer has it.
         calibration: how the calibrated readout joins heads, class statistics and task identity.
         tau: weight of the task posterior with ``calibration="task"``.
@@ -39,7 +40,7 @@ class MethodConfig:
     batch_size: int = 32
     head_learning_rate: float = 5e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "quarter-cosine", "step"] = "cosine"
     weight_decay: float = 0.0
     calibration: Literal["class", "task", "none"] = "class"
     tau: float = 1.0

@@ -91,17 +91,17 @@ def ridge_map(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def weakly_nonlinear_map(
-    before: Tensor, after: Tensor, steps: int, generator: torch.Generator
+    before: Tensor, after: Tensor, steps: int, generator: torch.Generator, penalty: float = 0.0
 ) -> WeaklyNonlinear:
-    """Adam on ``mean (h(x) - y)^2 + 1/2 p_2^2``, x and y at unit length.
-
-    The mean over d entries of unit vectors is so small that the penalty alone decides the mixture p.
+    """Adam on ``mean (h(x) - y)^2 + penalty p_2^2``, x and y at unit length.
 
     Args:
         before: features (n, d).
         after: features (n, d).
         steps: of 32 images each; the learning rate goes from 1e-3 to 5e-4.
         generator: draws the MLP and the batches.
+        penalty: on the share of the MLP. The mean over d entries of unit vectors is so small that any
+            noticeable penalty decides the mixture p alone.
     """
     x, y = F.normalize(before), F.normalize(after)
     found = WeaklyNonlinear(x.shape[1], generator).to(x.device)
@@ -110,8 +110,7 @@ def weakly_nonlinear_map(
     for _ in range(steps):
         some = torch.randint(len(x), (32,), generator=generator).to(x.device)
         adam.zero_grad()
-        share = found.mix.softmax(0)[2]
-        loss = F.mse_loss(found.unit(x[some]), y[some]) + share.square() / 2
+        loss = F.mse_loss(found.unit(x[some]), y[some]) + penalty * found.mix.softmax(0)[2].square()
         loss.backward()
         adam.step()
         schedule.step()

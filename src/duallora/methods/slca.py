@@ -75,8 +75,9 @@ class SLCA(Method):
         ]
 
     def remember(self, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
-        """Rows of the calibration, then the Gaussians."""
+        """Rows of the calibration, then the Gaussians and the head as it was trained."""
         super().remember(task, features, labels)
+        self.gaussians.keep(self.heads.tasks[task.index])
         self.gaussians.add(self.final(features), labels, len(task.classes))
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
@@ -85,6 +86,7 @@ class SLCA(Method):
         if task.index == 0:
             return
         task_of = self.rows.task.unique(return_inverse=True)[1]  # a forgotten task has no logits
+        self.gaussians.restore(self.heads)
         age = (self.rows.task + 1) / (task.index + 1)  # (R,), 1 for the rows of this task
         refit(
             self.heads,

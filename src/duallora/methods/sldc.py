@@ -28,19 +28,20 @@ class SLDCConfig(AdapterFields, MethodConfig):
         rank: r, rank of the one adapter that all tasks train.
         gamma_kd: weight of the distance to the features of the model before the task.
         gamma_norm: weight of the distance to their norms.
-        drift: how rows of earlier tasks follow the features: by a weakly nonlinear map, a linear one, or not.
+        drift: how rows of earlier tasks follow the features: by a nonlinear map, by one whose nonlinear share
+            is penalised, by a linear one, or not.
         alpha: ``linear`` is blended with the identity by ``exp(-n / (alpha d))``, n images.
-        drift_steps: Adam steps of the ``nonlinear`` map.
+        drift_steps: Adam steps of the ``nonlinear`` and ``penalised`` maps.
         samples: features drawn of every row and epoch to refit the heads.
         refit_epochs: epochs of the refit.
-        refit_learning_rate: Adam's learning rate of the refit, cosine to zero.
+        refit_learning_rate: Adam's learning rate of the refit, cosine to a tenth.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("drift_steps", "samples", "refit_learning_rate")
 
     gamma_kd: float = 1.0
     gamma_norm: float = 0.1
-    drift: Literal["nonlinear", "linear", "none"] = "nonlinear"
+    drift: Literal["nonlinear", "penalised", "linear", "none"] = "nonlinear"
     alpha: float = 1.0
     drift_steps: int = 2000
     samples: int = 1024
@@ -103,25 +104,28 @@ class SLDC(Method):
         self._teacher, self._start = [], None
         self.remember(task, features, labels)
         self.gaussians.add(self.final(features), labels, len(task.classes))
+        self.gaussians.keep(self.heads.tasks[task.index])
+        self.gaussians.restore(self.heads)
         refit(
             self.heads,
             self.gaussians.mean,
-            self.gaussians.factors(1e-2),
+            self.gaussians.factors(1e-3),
             symmetric_cross_entropy,
             partial(torch.optim.Adam, lr=self.config.refit_learning_rate, weight_decay=1e-4),
             self.config.samples,
             self.config.refit_epochs,
-            4 * len(self.gaussians.mean),
+            3 * len(self.gaussians.mean),  # 3.2 a row there, and here as many of every row
             self.generator(task.index, "refit"),
+            end=0.1,
         )
 
     def _drift(self, task: TaskInfo, before: Tensor, after: Tensor) -> nn.Module:
         """The map of ``drift`` from the task's features (n, d) before training to those after it."""
         if self.config.drift == "linear":
             return linear_map(before, after, self.config.alpha)
-        return weakly_nonlinear_map(
-            before, after, self.config.drift_steps, self.generator(task.index, "drift")
-        )
+        penalty = 0.5 if self.config.drift == "penalised" else 0.0
+        generator = self.generator(task.index, "drift")
+        return weakly_nonlinear_map(before, after, self.config.drift_steps, generator, penalty)
 
     def _follow(self, task: TaskInfo, before: Tensor, after: Tensor) -> None:
         """Moves means by the map, covariances by its Jacobians there, the pooled one by their mean.

@@ -16,6 +16,7 @@ from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Loader, TaskInfo
+from duallora.methods.schedules import rate_share
 from duallora.runtime import parallel
 
 
@@ -118,10 +119,9 @@ class SoRA(Method):
 
     def threshold(self, step: int) -> float:
         """``lambda_s eta_s`` after step s, from 0: lambda rises linearly, eta is the training's rate."""
-        rate = self.config.learning_rate
-        if self.config.schedule == "cosine":
-            rate *= (1 + math.cos(math.pi * step / self.steps)) / 2
-        return self.config.sparsity * (step + 1) / self.steps * rate
+        config = self.config
+        share = rate_share(config.schedule, step, self.steps, config.epochs)
+        return config.sparsity * (step + 1) / self.steps * config.learning_rate * share
 
     def after_step(self) -> None:
         """The gate's proximal step."""

@@ -114,13 +114,15 @@ def predictions_csv(
 ) -> bytes:
     """The contents of ``predictions.csv``: one line a test image, one column a class.
 
+    The column of a class is called ``probability:`` and its name, for a class may be called ``image``.
+
     Args:
         classes: Class names, in the order of the probability columns.
         batches: Per task: image identifiers, true labels, the task's name and probabilities (n, C).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "task", *classes])
+    writer.writerow(["image", "label", "task", *(f"probability:{name}" for name in classes)])
     for images, labels, task, probabilities in batches:
         for image, label, row in zip(images, labels, probabilities.tolist(), strict=True):
             writer.writerow([image, label, task, *(f"{p:.6g}" for p in row)])

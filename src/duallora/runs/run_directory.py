@@ -25,6 +25,7 @@ from duallora.runs.metrics import Hits
 from duallora.runs.results import Row
 from duallora.storage.checkpoint import exclusive, remove_leftovers, write_atomic
 from duallora.storage.documents import finite
+from duallora.storage.regular import read_regular
 
 _RUN, _PROGRESS, _RESULTS, _LOG = "run.json", "progress.json", "results.json", "log.jsonl"
 
@@ -118,7 +119,7 @@ class RunDirectory:
         """Final features (n, d) of a task's test images right after it was learned."""
         path = self._features(task)
         try:
-            return safetensors.torch.load(path.read_bytes())["features"]
+            return safetensors.torch.load(read_regular(path))["features"]
         except (OSError, SafetensorError, KeyError) as error:
             raise _damaged(path) from error
 
@@ -131,7 +132,7 @@ class RunDirectory:
         path = self.path / _LOG
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields})
         # Rewritten whole, so that a line is never torn; a run has a few lines a task.
-        write_atomic(path, (path.read_bytes() if path.exists() else b"") + line.encode() + b"\n")
+        write_atomic(path, (read_regular(path) if path.exists() else b"") + line.encode() + b"\n")
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Writes ``results.json``, which marks the run as finished, and removes what only a resume needs.
@@ -184,7 +185,7 @@ def _progress_files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

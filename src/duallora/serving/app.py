@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from duallora.data.decoding import Decoders
 from duallora.predictions import as_document
 from duallora.serving import prometheus
 from duallora.serving.batching import Batcher, Model
@@ -30,7 +32,10 @@ from duallora.storage.documents import finite
 PATHS = ("/predict", "/model", "/health", "/metrics", "/docs", "/openapi.json")
 _GENERATION = "X-Model-Generation"
 _MOST_DECODERS = 4
-"""Threads that decode; each may hold an image of ``max_pixels`` in full size."""
+"""Processes that decode, and threads that ask them; each may hold an image of ``max_pixels`` in full size."""
+
+_STALLED = 10.0
+"""Seconds without progress, while requests wait, after which the server says that it cannot answer."""
 
 _ABOUT = (
     "Says what is on images: class, probability, task, confidence, and how unknown they look. Answers are "
@@ -101,18 +106,22 @@ class _Server:
         self.source, self.limits = source, limits
         self.metrics = prometheus.Metrics()
         self.admission = Admission(limits.queue)
+        self._progress = time.monotonic()
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """While the application runs: threads that compute, decode and look for new models."""
         self.batcher = Batcher(self.metrics.batch)
-        self.decoders = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_DECODERS), "duallora-decode")
+        processes = min(os.cpu_count() or 1, _MOST_DECODERS)
+        self.decoders = Decoders(processes, self.limits.max_pixels)
+        self.threads = ThreadPoolExecutor(processes, "duallora-decode")
         self.source.start()
         try:
             yield
         finally:
+            self.decoders.close()  # first: whatever a decoder does, nothing waits for it
             self.source.stop()
-            self.decoders.shutdown(cancel_futures=True)
+            self.threads.shutdown(cancel_futures=True)
             self.batcher.close()
 
     def add_routes(self, app: FastAPI) -> None:
@@ -142,6 +151,8 @@ class _Server:
         ),
     ) -> Response:
         """What is on one image or several: a multipart form of files, or the bytes of one image."""
+        if not self.admission.busy:
+            self._progressed()
         self.admission.enter()
         busy = _Busy(self.admission.leave)
         try:
@@ -158,10 +169,13 @@ class _Server:
         uploads = await images_of(request, await read_body(request, self.limits), self.limits)
         names = [upload.name for upload in uploads]
         model = self.source.current  # kept to the end, whatever generation comes meanwhile
-        decoding = self.decoders.submit(decoded, uploads, model.preprocess, self.limits.max_pixels)
+        until = time.monotonic() + self.limits.timeout
+        decoding = self.threads.submit(decoded, uploads, model.preprocess, self.decoders, until)
+        decoding.add_done_callback(self._progressed)
         del uploads  # the thread alone keeps the files now, and lets them go when it has decoded them
         busy.until(decoding)
         answer = self.batcher.submit(model, await asyncio.wrap_future(decoding), top)
+        answer.add_done_callback(self._progressed)
         del decoding
         busy.until(answer)
         found = await asyncio.wrap_future(answer)
@@ -173,10 +187,16 @@ class _Server:
         return _json(model.about, model.generation)
 
     async def health(self) -> Response:
-        """Status, the generation that is served, and whether a newer one was refused."""
+        """Whether requests are answered, which generation is served, and whether a newer one was refused."""
         newest = "refused" if self.source.refused is not None else "served"
         generation = self.source.current.generation
-        return _json({"status": "ok", "generation": generation, "newest": newest}, generation)
+        still = self.admission.busy and time.monotonic() - self._progress > _STALLED
+        about = {"status": "stalled" if still else "ok", "generation": generation, "newest": newest}
+        return _json(about, generation, 503 if still else 200)
+
+    def _progressed(self, _: object = None) -> None:
+        """A request has come a step further, or the first one begins."""
+        self._progress = time.monotonic()
 
     async def text(self) -> Response:
         """Requests, forward passes, waiting requests, generations, memory."""
@@ -278,5 +298,5 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     413: {"description": "too many bytes, pixels or images"},
     422: {"description": "a parameter out of its range"},
     429: {"description": "too many requests are waiting; Retry-After says when to come again"},
-    503: {"description": "the request took too long"},
+    503: {"description": "the request took too long, or, from /health, no request comes to its end"},
 }

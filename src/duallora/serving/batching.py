@@ -15,6 +15,7 @@ from torch import Tensor
 
 from duallora.outputs import Prediction
 
+_LAST_PASS = 3.0  # seconds that the end waits for answers that nobody may be waiting for
 MOST_IMAGES = 64
 """Images of one forward pass, unless a single request has more."""
 
@@ -78,11 +79,11 @@ class Batcher:
         return job.answer
 
     def close(self) -> None:
-        """Answers what has been submitted and ends the thread."""
+        """Answers what has been submitted, as far as a few seconds go, and ends the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_LAST_PASS)
 
     def _work(self) -> None:
         while jobs := self._next():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import re
 import time
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from duallora.errors import DualLoRAError
 from duallora.serving.prometheus import Metrics
+from duallora.storage.regular import read_text
 
 OPEN = "/health"
 """The path that is answered without the token."""
 
 SHORTEST_TOKEN = 16
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -30,6 +33,20 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def host_name(host: str) -> str | None:
+    """The name in a ``Host`` header without the port; None where it is no name and port.
+
+    ``127.0.0.1:80@evil`` is none: what stands before an ``@`` would be a user's name in an address.
+    """
+    found = _HOST.fullmatch(host)
+    return None if found is None else found[1]
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a name is one that this machine has for itself."""
+    return name.lower() in LOCAL_NAMES or is_local(name)
+
+
 def read_token(file: Path) -> str:
     """The token in a file, without the space around it.
 
@@ -37,7 +54,7 @@ def read_token(file: Path) -> str:
         DualLoRAError: the file cannot be read, or what it holds is no token.
     """
     try:
-        token = file.read_text(encoding="ascii").strip()
+        token = read_text(file, "ascii").strip()
     except OSError as error:
         raise DualLoRAError(f"--token-file {file} cannot be read ({error.strerror}); check it.") from error
     except UnicodeDecodeError as error:
@@ -95,9 +112,9 @@ class Guard:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self.local and name.lower() not in LOCAL_NAMES and not is_local(name):
-            return 421, f"this server answers to localhost alone, not to {name[:100]!r}."
+        name = host_name(host)
+        if self.local and (name is None or not is_own_name(name)):
+            return 421, f"this server answers to localhost alone, not to {(name or host)[:100]!r}."
         if self.token is None or scope["path"] == OPEN:
             return None
         if hmac.compare_digest(headers.get(b"authorization", b""), self.token):

@@ -23,6 +23,7 @@ from duallora.predictions import predictions
 from duallora.runtime.compute import Machine
 from duallora.storage import checkpoint
 
+_LAST_LOOK = 2.0  # seconds that the end waits for a generation that is being read
 _RETRY = 10.0  # seconds; files of a model that is being copied may come after its model.json
 
 
@@ -126,7 +127,7 @@ class ModelWatch:
         """Ends the looking."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_LAST_LOOK)
             self._thread = None
 
     def check(self) -> None:

@@ -13,7 +13,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from torch import Tensor
 
-from duallora.data.images import TooManyPixels, decode_image
+from duallora.data.decoding import Decoders
+from duallora.data.images import TooManyPixels
 from duallora.errors import DualLoRAError
 from duallora.serving.limits import Limits, Refused
 
@@ -77,9 +78,18 @@ async def images_of(request: Request, body: bytes, limits: Limits) -> list[Uploa
 
 
 def decoded(
-    uploads: Sequence[Upload], preprocess: Callable[[Image.Image], Tensor], max_pixels: int
+    uploads: Sequence[Upload],
+    preprocess: Callable[[Image.Image], Tensor],
+    decoders: Decoders,
+    until: float | None = None,
 ) -> Tensor:
     """The images as a model takes them (n, 3, H, W).
+
+    Args:
+        uploads: of one request.
+        preprocess: an RGB image as the model takes it (3, H, W).
+        decoders: that decode it.
+        until: moment of ``time.monotonic`` at which the request is given up.
 
     Raises:
         Refused: one is not a readable image or too large; it is named.
@@ -88,7 +98,7 @@ def decoded(
     for number, upload in enumerate(uploads, 1):
         name = f"image {number}" + (f" ({upload.name})" if upload.name else "")
         try:
-            tensors.append(preprocess(decode_image(upload.data, name, max_pixels)))
+            tensors.append(preprocess(decoders.decode(upload.data, name, until)))
         except TooManyPixels as error:
             raise Refused(413, f"{error}.") from error
         except DualLoRAError as error:

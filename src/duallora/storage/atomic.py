@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
 import secrets
+import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import open_regular
 
 _LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _CHUNK = 1 << 23
+_YOUNG = 1.0  # seconds
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -30,6 +35,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         if path.exists() and not path.is_file():
             path.write_bytes(data)  # /dev/stdout and its like cannot be replaced, and must not be
             return
+        _remove_abandoned(path)
         replace_file(path, [data])
         sync_folder(path.parent)
     except OSError as error:
@@ -85,6 +91,8 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> str:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
+            with suppress(OSError):  # a file system without locks; nothing is taken for abandoned there
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for chunk in chunks:
                 digest.update(chunk)
                 rest = memoryview(chunk)
@@ -118,7 +126,7 @@ def sync_folder(folder: Path) -> None:
 
 def chunks_of(path: Path) -> Iterator[bytes]:
     """Reads a file piece by piece."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 
@@ -149,13 +157,13 @@ def _acquire(folder: Path, created: list[Path]) -> int:
                 created.append(path)
                 sync_folder(path.parent)
         try:
-            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open_lock(folder / _LOCK)
         except FileNotFoundError:
             continue  # another writer removed its empty folder just now
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A lock on a file that its holder deleted meanwhile protects nothing.
-            if os.path.samestat(os.fstat(descriptor), (folder / _LOCK).stat()):
+            if os.path.samestat(os.fstat(descriptor), (folder / _LOCK).lstat()):
                 return descriptor
         except FileNotFoundError:
             pass
@@ -165,6 +173,42 @@ def _acquire(folder: Path, created: list[Path]) -> int:
                 f"another process is writing to {folder}; wait until it has finished, then try again."
             ) from None
         os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Deletes temporary files of killed writers of this file; those of living ones are locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                # A writer locks its file a moment after it has made it.
+                if time.time() - os.fstat(descriptor).st_mtime > _YOUNG:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """Opens the lock file and follows no link, which another user could have put in its place.
+
+    Raises:
+        DualLoRAError: it is no regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = None
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        regular = False
+    if descriptor is None or not regular:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise DualLoRAError(f"{path} is not the lock file that duallora makes there; remove it.")
+    return descriptor
 
 
 def _remove_empty(created: list[Path]) -> None:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from duallora.errors import DualLoRAError
+from duallora.errors import DualLoRAError, is_low_memory
 from duallora.storage.atomic import (
     chunks_of,
     exclusive,
@@ -31,6 +31,7 @@ from duallora.storage.atomic import (
     sync_folder,
     write_atomic,
 )
+from duallora.storage.regular import read_regular
 
 __all__ = [
     "CHANGED",
@@ -147,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / _MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DualLoRAError(
             f"there is no saved model in {folder} (no {_MANIFEST}); check the path, or create a model with "
@@ -173,8 +174,15 @@ def intact(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        detail = f"{error} is missing" if isinstance(error, KeyError) else f"{error}"
+    except (
+        *(MemoryError, KeyError, IndexError, TypeError, ValueError, AttributeError),
+        *(RuntimeError, ArithmeticError, AssertionError),  # torch's own, of shapes that do not fit
+    ) as error:
+        if is_low_memory(error):
+            raise DualLoRAError(
+                f"there is not enough memory for the model in {folder}; free some, and try again."
+            ) from error
+        detail = f"{error} is missing" if isinstance(error, KeyError) else " ".join(f"{error}".split())[:200]
         raise DualLoRAError(
             f"{folder / _MANIFEST} is damaged or from another version of duallora ({detail}); restore it "
             "from a copy of the model, or use the version that wrote it."
@@ -306,7 +314,7 @@ def _copy_all(folder: Path, extra_files: Mapping[str, tuple[Path, str]]) -> dict
 def _read_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Verifies every file of a generation and returns its weights; FileNotFoundError passes through."""
     try:
-        data = (folder / manifest["weights"]).read_bytes()
+        data = read_regular(folder / manifest["weights"])
         for name, expected in manifest["files"].items():
             is_weights = name == manifest["weights"]
             found = hashlib.sha256(data).hexdigest() if is_weights else sha256_of(folder / name)
@@ -320,7 +328,7 @@ def _read_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Te
         raise
     except OSError as error:
         raise DualLoRAError(f"{error.filename} could not be read ({error.strerror}).") from error
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DualLoRAError(f"{folder / manifest['weights']} is no safetensors file ({error}).") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from duallora.data.images import find_files, is_image_name, read_image, require_folder
+from duallora.data.unreadable import no_image
 from duallora.errors import DualLoRAError
+from duallora.streams.names import normal
+from duallora.streams.split_folders import Parts, is_class_folder, parts_of, role
 from duallora.streams.task import check_class_names
-
-_VALIDATION_NAMES = ("val", "test")
 
 Track = Callable[[list[Path]], Iterable[Path]]
 """Goes through the paths, for instance with a progress bar."""
@@ -26,7 +27,8 @@ class BadImagesError(DualLoRAError):
 class FolderDataset(Dataset[tuple[Image.Image, int]]):
     """The images of ``FOLDER/<class>/``, also in folders below it; decoded when asked for, never before.
 
-    Hidden files, and files that lie beside the class folders, are ignored.
+    Hidden files, and files that lie beside the class folders, are left out; a warning counts the images among
+    the latter. Links are followed.
 
     Attributes:
         folder: the folder.
@@ -61,9 +63,9 @@ class FolderDataset(Dataset[tuple[Image.Image, int]]):
             self.targets += [target] * len(images)
             self.bad_images += [path for path in files if not is_image_name(path)]
         if self.bad_images and not skip_bad_images:
-            sentence = f"{self.bad_images[0]} is not an image: remove it"
-            raise self._refusal(sentence, len(self.bad_images))
+            raise self._refusal(no_image(self.bad_images[0]), len(self.bad_images))
         self._refuse_empty_classes()
+        self._tell_of_loose_images()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -75,7 +77,7 @@ class FolderDataset(Dataset[tuple[Image.Image, int]]):
     def identifiers(self) -> list[str]:
         """Per image, its path within the folder."""
         # File names need not be unicode; what is written to reports has to be.
-        names = (path.relative_to(self.folder).as_posix() for path in self.paths)
+        names = (normal(path.relative_to(self.folder).as_posix()) for path in self.paths)
         return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
 
     def find_bad_images(self, track: Track | None = None) -> dict[Path, str]:
@@ -114,6 +116,16 @@ class FolderDataset(Dataset[tuple[Image.Image, int]]):
         self.bad_images += bad
         self._refuse_empty_classes()
 
+    def _tell_of_loose_images(self) -> None:
+        loose = [path for path in sorted(self.folder.iterdir()) if is_image_name(path) and path.is_file()]
+        if loose:
+            told = "1 image" if len(loose) == 1 else f"{len(loose):,} images"
+            warnings.warn(
+                f"{told} beside the class folders of {self.folder} left out, the first is {loose[0].name}: "
+                "only images in a class folder have a class",
+                stacklevel=3,
+            )
+
     def _refusal(self, sentence: str, count: int) -> BadImagesError:
         return BadImagesError(
             f"{sentence} ({count} bad {'file' if count == 1 else 'files'} in {self.folder})"
@@ -131,51 +143,74 @@ def train_and_val(folder: str | Path) -> tuple[Path, Path | None]:
     """Finds the training and the validation folder.
 
     Args:
-        folder: holds class folders, or ``train/`` and perhaps ``val/`` (or ``test/``) that hold them.
+        folder: holds class folders, or ``train/`` and perhaps ``val/`` (or ``test/``) that hold them. Other
+            usual names will do in any case: ``Training``, ``valid``, ``validation``, ``Test_set``.
 
     Returns:
         ``train/`` and ``val/`` (or ``test/``, or None where there is neither); the folder itself and None
         when it holds the class folders.
 
     Raises:
-        DualLoRAError: the folder is missing.
+        DualLoRAError: the folder is missing, or it is not clear which folder is which.
     """
     folder = Path(folder)
-    require_folder(folder)
-    if not _holds_folders(folder / "train"):
+    found = _parts(folder)
+    if found is None:
         return folder, None
-    return folder / "train", _validation(folder)
+    if found.train is None:
+        raise DualLoRAError(
+            f"{folder} holds {found.held_out}/ and no train/: put the class folders to learn from into train/"
+        )
+    return folder / found.train, None if found.held_out is None else folder / found.held_out
 
 
 def evaluation_folder(folder: str | Path) -> Path:
     """Finds the class folders to evaluate on: those in ``val/`` or ``test/`` where there is one.
 
+    Where there is none but a ``train/``, or the folder itself is called so, a warning says that the images
+    are training images.
+
     Raises:
-        DualLoRAError: the folder is missing.
+        DualLoRAError: the folder is missing, or it is not clear which folder is which.
     """
     folder = Path(folder)
+    found = _parts(folder)
+    if found is not None and found.held_out is not None:
+        return folder / found.held_out
+    chosen = folder if found is None or found.train is None else folder / found.train
+    if role(chosen.resolve().name) == "train":
+        warnings.warn(
+            f"{chosen} is a folder of training images: accuracy on images that were learned says nothing of "
+            "new ones; name a folder of other images, or put them into val/ beside it",
+            stacklevel=2,
+        )
+    return chosen
+
+
+def _parts(folder: Path) -> Parts | None:
     require_folder(folder)
-    return _validation(folder) or train_and_val(folder)[0]
-
-
-def _validation(folder: Path) -> Path | None:
-    return next((folder / name for name in _VALIDATION_NAMES if _holds_folders(folder / name)), None)
-
-
-def _holds_folders(folder: Path) -> bool:
-    # A class may be called "train" or "test"; its folder holds images, not folders.
-    return folder.is_dir() and any(
-        entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()
-    )
+    found = parts_of(folder)
+    if found is None or found.train is None or found.held_out is None:
+        return found
+    train, held_out = ((folder / name).resolve() for name in (found.train, found.held_out))
+    if train.is_relative_to(held_out) or held_out.is_relative_to(train):
+        raise DualLoRAError(
+            f"{folder / found.train} and {folder / found.held_out} lead to the same images: what is learned "
+            "cannot be tested on"
+        )
+    return found
 
 
 def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     require_folder(folder)
-    entries = [
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
-    ]
+    found = parts_of(folder)
+    if found is not None:
+        raise DualLoRAError(
+            f"{folder} holds {found.train or found.held_out}/ with folders in it, which is no class but a "
+            "part of a data set: name the folder that holds the class folders"
+        )
     # The same name can be composed or decomposed unicode, depending on the machine that made the folder.
-    named = sorted((unicodedata.normalize("NFC", entry.name), entry) for entry in entries)
+    named = sorted((normal(entry.name), entry) for entry in folder.iterdir() if is_class_folder(entry))
     if not named:
         raise DualLoRAError(f"{folder} has no class folders: put the images into one folder a class")
     check_class_names([name for name, _ in named])

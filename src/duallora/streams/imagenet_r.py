@@ -8,6 +8,7 @@ from typing import Any
 
 from duallora.data.images import find_images
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import read_text
 from duallora.streams.collection import UNSURE, Collection, Part, Request, StreamEntry
 from duallora.streams.listed import Labelled, ListedImages, stratified
 
@@ -74,7 +75,7 @@ def _read_list(path: Path) -> list[str]:
 
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        content = yaml.load(read_text(path), Loader=loader)
     except FileNotFoundError as error:
         raise DualLoRAError(
             f"{path} does not exist: put {' and '.join(_LISTS)} into one folder and name it, or leave the "

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from duallora.data.images import find_images, read_image
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import read_text
 
 _SPLIT_SEED = 1993
 _TEST_SHARE = 5
@@ -134,7 +135,7 @@ def read_lines(path: Path) -> list[str]:
         DualLoRAError: it cannot be read as text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DualLoRAError(f"{path} cannot be read as a text file: unpack the archive again") from error
     return [line.strip() for line in lines if line.strip()]

@@ -9,7 +9,9 @@ from typing import Literal
 
 from duallora.errors import DualLoRAError
 from duallora.streams.by_domain import one_task_a_domain, pooled
+from duallora.streams.by_path import FOLDER
 from duallora.streams.collection import Collection, Request, Scenario, StreamEntry
+from duallora.streams.copies import warn_of_copies
 from duallora.streams.domains import with_domains
 from duallora.streams.registry import find_entry
 from duallora.streams.repeats import with_repeats
@@ -74,9 +76,10 @@ def load(
         count = len(collection.parts)
         what = f"the {count} domains of {stream}"
         _refuse(what, count, tasks, first_classes, repeat, ", or pool them with the scenario class")
-        return one_task_a_domain(
+        made = one_task_a_domain(
             collection, order_seed, classes=classes, train_per_class=train_per_class, holdout=holdout
         )
+        return _checked(made, entry)
     train, test = pooled(collection)
     made = split(
         train,
@@ -90,8 +93,16 @@ def load(
         first_classes=first_classes,
         group=collection.group,
     )
-    made = replace(made, augmentation=collection.augmentation)
+    made = _checked(replace(made, augmentation=collection.augmentation), entry)
     return with_domains(made, domains) if domains else with_repeats(made, repeat)
+
+
+def _checked(stream: Stream, entry: StreamEntry) -> Stream:
+    """Warns of images that are in both parts, where the images are the user's own."""
+    if entry is FOLDER:
+        train, test = ([f for t in stream for f in getattr(t, part).files] for part in ("train", "test"))
+        warn_of_copies(train, test)
+    return stream
 
 
 def _refuse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
 from duallora.errors import DualLoRAError
+from duallora.streams.names import hint_at_case, normal
 
 Picture = Image.Image | torch.Tensor
 Change = Callable[[Picture], Picture]
@@ -61,6 +63,12 @@ class TaskDataset(Dataset[tuple[Picture, int]]):
         image = self._base[self._indices[index]][0]
         return (image if self._change is None else self._change(image)), self.targets[index]
 
+    @property
+    def files(self) -> list[Path | None]:
+        """Per sample, the file it is read from; None where that is not known."""
+        own = _files(self._base)
+        return [None if own is None else own[i] for i in self._indices]
+
     def subset(self, positions: Sequence[int]) -> TaskDataset:
         """The same view of fewer samples, given by their positions in it."""
         return TaskDataset(
@@ -71,6 +79,18 @@ class TaskDataset(Dataset[tuple[Picture, int]]):
             identifiers=[self.identifiers[i] for i in positions],
             change=self._change,
         )
+
+
+def _files(base: Dataset[Any]) -> Sequence[Path | None] | None:
+    if isinstance(base, TaskDataset):
+        return base.files
+    if isinstance(base, ConcatDataset):
+        parts = [(part, _files(part)) for part in base.datasets]
+        return [
+            file for part, own in parts for file in ([None] * len(cast("Any", part)) if own is None else own)
+        ]
+    paths: Sequence[Path] | None = getattr(base, "paths", None)
+    return paths
 
 
 @dataclass(frozen=True)
@@ -170,9 +190,10 @@ def as_task_dataset(dataset: Dataset[Any]) -> TaskDataset:
 
 
 def check_class_names(names: Sequence[object]) -> list[str]:
-    """Returns the names as a list if each can be stored, shown and told apart.
+    """Returns the names as a list, in composed unicode, if each can be stored, shown and told apart.
 
-    Any unicode text will do, slashes included: class names never become file names.
+    Any unicode text will do, slashes included: class names never become file names. Names that differ in
+    upper and lower case alone get a warning.
 
     Raises:
         DualLoRAError: a name is no text, empty, not valid unicode, has a control character, or comes twice.
@@ -187,10 +208,11 @@ def check_class_names(names: Sequence[object]) -> list[str]:
             raise DualLoRAError(
                 f"the class name {name!r} is empty or has control characters: rename the class"
             )
-        checked.append(name)
+        checked.append(normal(name))
     if len(set(checked)) < len(checked):
         twice = next(name for name in checked if checked.count(name) > 1)
         raise DualLoRAError(f"the class name {twice!r} comes twice: every class needs a name of its own")
+    hint_at_case(checked)
     return checked
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from duallora.learner import ContinualLearner
 from duallora.storage import checkpoint
+from duallora.streams.names import normal
 from duallora.streams.task import as_task_dataset, positions_by_class
 from duallora.teaching.measure import Measured
 from duallora.teaching.training_images import present
@@ -87,7 +88,8 @@ def take_back(
     with checkpoint.exclusive(model):
         learner = ContinualLearner.load(model, device=device)
         known = list(learner.classes)
-        stay = {c for record in learner.tasks if record.name != task for c in record.classes if c != name}
+        gone = None if name is None else normal(name)
+        stay = {c for r in learner.tasks if r.name != task for c in r.classes if normal(c) != gone}
         others = None if check is None else _of_classes(check, stay)
         before = Measured.on(learner, others)
         forgotten = learner.forget(task=task, name=name)
@@ -124,9 +126,11 @@ def _recognised(rows: ClassStatistics, features: Tensor, labels: Tensor, classes
     z, own = rows.whitened(features).cpu().double(), labels.cpu()
     count = torch.bincount(own, minlength=classes).double()
     mean = torch.zeros(classes, z.shape[1], dtype=z.dtype).index_add_(0, own, z) / count[:, None]
-    scores = z @ mean.T - mean.square().sum(1) / 2
+    share = rows.shares(count)  # as rows of so many images beside the known ones
+    scores = share * (z @ mean.T) - share.square() * mean.square().sum(1) / 2
     n = count[own][:, None]
     without = (n * mean[own] - z) / (n - 1)  # the mean of the other images of the class
+    without = rows.shares(count - 1)[own][:, None] * without
     alone = (z * without).sum(1) - without.square().sum(1) / 2
     scores = scores.scatter(1, own[:, None], alone[:, None])
     known = rows.scores(features).cpu().double()

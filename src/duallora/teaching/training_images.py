@@ -17,6 +17,7 @@ from duallora.streams import (
     hold_back,
     train_and_val,
 )
+from duallora.streams.copies import warn_of_copies
 from duallora.streams.task import as_task_dataset
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ class TrainingImages:
             seconds = time.perf_counter() - start
             if val is None:
                 kept, held = hold_back(train)
+                warn_of_copies(kept.files, [] if held is None else held.files)
                 return cls(kept, held and present(held), tuple(train.bad_images), seconds)
             _check(val, progress)
+        warn_of_copies(train.paths, val.paths)
         bad = (*train.bad_images, *val.bad_images)
         return cls(as_task_dataset(train), as_task_dataset(val), bad, seconds)
 

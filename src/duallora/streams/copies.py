@@ -1,0 +1,70 @@
+"""The same picture to learn from and to test on: files that are byte for byte alike."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+_CHUNK = 1 << 20
+
+
+def warn_of_copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> None:
+    """Counts test images that are also training images under another name, and says so in one warning.
+
+    Only files of equal size are read.
+
+    Args:
+        train: files to learn from; None for images that come from no file.
+        test: files to test on.
+    """
+    found = copies(train, test)
+    if found:
+        told = "1 image to test on is" if len(found) == 1 else f"{len(found):,} images to test on are"
+        first, twin = found[0]
+        warnings.warn(
+            f"{told} byte for byte also among those to learn from, the first is {first}, which is {twin}: "
+            "what is measured on them says nothing of new images, take them out of one of the two",
+            stacklevel=2,
+        )
+
+
+def copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> list[tuple[Path, Path]]:
+    """The test files that have the bytes of a training file, each with the first of those."""
+    sizes: dict[int, list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(train):
+        if path is not None and (size := _size(path)):
+            sizes[size].append(path)
+    digests: dict[int, dict[bytes, Path]] = {}
+    found = []
+    for path in dict.fromkeys(test):
+        size = 0 if path is None else _size(path)
+        if path is None or size not in sizes:
+            continue
+        if size not in digests:
+            digests[size] = {_digest(twin): twin for twin in reversed(sizes[size])}
+        twin = digests[size].get(_digest(path))
+        if twin is not None:
+            found.append((path, twin))
+    return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - a million times
+    except OSError:
+        return 0  # whoever reads it says so
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return os.urandom(32)  # is like no other
+    return digest.digest()
