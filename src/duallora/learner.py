@@ -313,6 +313,7 @@ class ContinualLearner:
         progress: Progress | None = None,
         backbone: Backbone | None = None,
         features: FrozenFeatures | None = None,
+        exact_readouts: bool = True,
     ) -> ContinualLearner:
         """Loads a saved learner; it predicts, and goes on learning, exactly as the one that was saved.
 
@@ -322,13 +323,14 @@ class ContinualLearner:
             progress: where to report; the default is silent.
             backbone: the frozen backbone, if it cannot be loaded by its name.
             features: as for a new one.
+            exact_readouts: as for a new one.
 
         Raises:
             DualLoRAError: if the folder holds no sound model, or the backbone is another than the model's.
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
-        return cls.restored(folder, manifest, tensors, device, progress, backbone, features)
+        return cls.restored(folder, manifest, tensors, device, progress, backbone, features, exact_readouts)
 
     @classmethod
     def restored(
@@ -340,6 +342,7 @@ class ContinualLearner:
         progress: Progress | None = None,
         backbone: Backbone | None = None,
         features: FrozenFeatures | None = None,
+        exact_readouts: bool = True,
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
         check(folder, manifest, tensors)
@@ -364,6 +367,7 @@ class ContinualLearner:
                 augment=manifest["augment"],
                 progress=progress,
                 features=features,
+                exact_readouts=exact_readouts,
             )
             learner.method.load_state(tensors)
             for record in manifest["tasks"]:
