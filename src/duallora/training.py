@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from duallora.data.assembly import Chunk
 from duallora.data.loader import ImageLoader
 from duallora.data.source import Source
 from duallora.data.transforms import Augmentation, EvaluationTransform
-from duallora.errors import DualLoRAError
+from duallora.errors import DualLoRAError, is_low_memory
 from duallora.methods import Batch, Method, MethodConfig, TaskInfo
 from duallora.methods.schedules import rate_share
 from duallora.runtime import parallel
@@ -173,15 +173,14 @@ def _train(
             label = f"{task.name}: epoch {epoch + 1}/{config.epochs}"
             for own in progress.track(pieces, len(pieces), label):
                 drawn = [(next(found), share) for _, share in own]
-                try:
-                    _gradients(method, fabric, optimizer, drawn)
-                except (
-                    compiler_errors()
-                ) as error:  # on the way back: the way forward is seen to by the backbone
-                    if not method.backbone.compiled:
-                        raise
-                    method.backbone.leave_uncompiled(error)
-                    _gradients(method, fabric, optimizer, drawn)
+                with _enough_memory(config.batch_size):
+                    try:
+                        _gradients(method, fabric, optimizer, drawn)
+                    except compiler_errors() as error:  # of the way back; the backbone sees to the way there
+                        if not method.backbone.compiled:
+                            raise
+                        method.backbone.leave_uncompiled(error)
+                        _gradients(method, fabric, optimizer, drawn)
                 parallel.sum_gradients(trained)
                 optimizer.step()
                 schedule.step()
@@ -193,6 +192,19 @@ def _train(
                 )
     optimizer.zero_grad()  # gradients would stay as long as their parameters
     return sum(p.numel() for p in trained)
+
+
+@contextmanager
+def _enough_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_low_memory(error):
+            raise
+        raise DualLoRAError(
+            f"there is not enough memory for a batch of {batch_size} images; lower --method.batch_size, or "
+            "compute each batch in pieces with --accumulate."
+        ) from error
 
 
 def _gradients(method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[tuple[Batch, float]]) -> None:
