@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_training.py --out OUT
 
-Writes `training.json`: seconds to the first step, images a second of every part of a task, of `evaluate` and of
-the bare backbone, and the load of the GPU while `learn` trains, sampled ten times a second.
+Writes `training.json`: seconds to the first step, images a second of every part of a task, of `evaluate` and
+of the bare backbone, and the load of the GPU while `learn` trains, sampled ten times a second.
 """
 
 from __future__ import annotations

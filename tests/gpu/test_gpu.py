@@ -1,4 +1,4 @@
-"""A GPU learns and answers as the CPU does, in every precision, compiled or not, and survives what ends it."""
+"""A GPU learns and answers as the CPU does, in every precision, compiled or not, and survives an end."""
 
 from __future__ import annotations
 
