@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -99,9 +100,9 @@ class Region:
         self._users -= 1
         if self._users:
             return
-        used = int(self._counts[0])
-        if hasattr(mmap, "MADV_REMOVE"):  # Linux takes the pages back at once
-            self._map.madvise(mmap.MADV_REMOVE, self._start, -(-used // mmap.PAGESIZE) * mmap.PAGESIZE)
+        used = -(-int(self._counts[0]) // mmap.PAGESIZE) * mmap.PAGESIZE
+        with suppress(AttributeError, OSError):  # Linux takes the pages back at once
+            self._map.madvise(mmap.MADV_REMOVE, self._start, used)
         self._clear()
 
     def _clear(self) -> None:

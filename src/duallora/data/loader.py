@@ -211,8 +211,9 @@ class ImageLoader:
     def _ready(self, source: Source) -> tuple[int, Workers]:
         """The number of an open source, and workers that know it."""
         library = self._library
-        assert library is not None
-        number = next(n for n, each in library.sources.items() if each is source)
+        if library is None:
+            raise ValueError("the data set was opened by another loader")
+        number = next(n for n, each in list(library.sources.items()) if each is source)
         height, width, channels = source.shape
         workers = self._workers
         if workers is None or workers.view < height * width * channels or not workers.learn_of(number):

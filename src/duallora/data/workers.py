@@ -132,7 +132,7 @@ class Workers:
 
     def reads(self, number: int) -> bool:
         """Whether images of a data set are under way."""
-        return any(piece.source == number for piece in self._pieces.values())
+        return any(piece.source == number for piece in list(self._pieces.values()))
 
     def learn_of(self, number: int) -> bool:
         """Makes a data set known to the workers; False if only new ones can know it."""
