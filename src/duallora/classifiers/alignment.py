@@ -6,6 +6,7 @@ Every refit starts from the heads as their training left them, not from what the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ class Gaussians(ByRow):
         dim: d, width of the features.
 
     Attributes:
-        weight: of the heads as their training left them (R, d).
+        weight: of the heads as their training left them (R, d); a model saved by an early version lacks them.
         bias: likewise (R,).
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,6 +45,14 @@ class Gaussians(ByRow):
         """Keeps the head that training left the rows of a task."""
         weight, bias = (head.get_parameter(name).detach().float().cpu() for name in ("weight", "bias"))
         self.weight, self.bias = torch.cat([self.weight, weight]), torch.cat([self.bias, bias])
+
+    def complete(self, heads: Heads) -> None:
+        """After a load: where a model lacks its trained heads, the aligned ones stand for them."""
+        if not isinstance(self._buffers["weight"], Tensor):
+            self.weight, self.bias = (
+                torch.cat([h.get_parameter(name).detach().float().cpu() for h in heads.tasks])
+                for name in ("weight", "bias")
+            )
 
     @torch.no_grad()
     def restore(self, heads: Heads) -> None:

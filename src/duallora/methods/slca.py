@@ -80,6 +80,11 @@ class SLCA(Method):
         self.gaussians.keep(self.heads.tasks[task.index])
         self.gaussians.add(self.final(features), labels, len(task.classes))
 
+    def restored(self) -> None:
+        """Merges the updates; a model saved by an early version goes on from its aligned heads."""
+        super().restored()
+        self.gaussians.complete(self.heads)
+
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """One pass over the task's images; from the second task on all heads are aligned."""
         super().consolidate(task, loader)

@@ -95,6 +95,11 @@ class SLDC(Method):
             for wrapper in self.beside.values():
                 wrapper.separate()
 
+    def restored(self) -> None:
+        """Merges the updates; a model saved by an early version goes on from its aligned heads."""
+        super().restored()
+        self.gaussians.complete(self.heads)
+
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """One pass: rows of earlier tasks are moved, the task's are added, all heads are refitted."""
         self.merge()

@@ -1,70 +1,24 @@
-"""SLDC and SLCA: an adapted backbone, Gaussians of all classes, and heads refitted on them."""
+"""SLDC: distillation, rows that follow the drift, and heads refitted on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from small_tasks import Patterns, new_learner, small_config, three_tasks, unseen
-from tiny import FAMILIES, WIDTH, tiny_backbone, tiny_images
+from refit_tools import TASKS, loader_of, prepared, sldc, started, state_of
+from small_tasks import Patterns, new_learner, small_config, unseen
+from tiny import WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from duallora import METHODS, ContinualLearner
-from duallora.methods import Batch, Method, TaskInfo
-from duallora.methods import slca as slca_module
+from duallora.methods import TaskInfo
 from duallora.methods import sldc as sldc_module
 from duallora.methods.drift import linear_map, ridge_map, weakly_nonlinear_map
-from duallora.methods.slca import SLCA, normalised_cross_entropy
-from duallora.methods.sldc import SLDC, symmetric_cross_entropy
-
-TASKS = three_tasks()
-
-
-def started(name: str, tasks: int = 0, **changes: Any) -> ContinualLearner:
-    """A learner of the first tasks that computes in fp32 everywhere."""
-    learner = new_learner(small_config(name, **changes))
-    learner.method.context = replace(learner.method.context, autocast=nullcontext)
-    for task in TASKS[:tasks]:
-        learner.learn(task)
-    return learner
-
-
-def sldc(learner: ContinualLearner) -> SLDC:
-    assert isinstance(learner.method, SLDC)
-    return learner.method
-
-
-def slca(learner: ContinualLearner) -> SLCA:
-    assert isinstance(learner.method, SLCA)
-    return learner.method
-
-
-def loader_of(learner: ContinualLearner, task: Patterns) -> Any:
-    images = torch.stack([learner.preprocess(image) for image in task.images])
-    batch = Batch(images, torch.tensor(task.targets), torch.arange(len(task)))
-
-    def loader() -> Iterator[Batch]:
-        yield batch
-
-    return loader
-
-
-def prepared(learner: ContinualLearner, index: int) -> tuple[Method, Batch]:
-    """The method in the middle of a task, and all its images."""
-    loader = loader_of(learner, TASKS[index])
-    learner.method.prepare(TaskInfo(index, "now", tuple(TASKS[index].classes)), loader)
-    return learner.method, next(loader())
-
-
-def state_of(learner: ContinualLearner) -> dict[str, Tensor]:
-    return {name: x.clone() for name, x in learner.method.state().items()}
-
+from duallora.methods.sldc import symmetric_cross_entropy
 
 # -- SLDC ----------------------------------------------------------------------------------------------------
 
@@ -282,138 +236,3 @@ def test_a_refit_has_the_released_floor_batch_and_rates(monkeypatch: pytest.Monk
     adam = optimizer([torch.zeros(1, requires_grad=True)]).param_groups[0]
     assert (adam["lr"], adam["weight_decay"]) == (0.004, 1e-4)
     assert more == {"end": 0.1}
-
-
-# -- SLCA ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_copy_starts_as_the_backbone(family: str) -> None:
-    entry, images = METHODS["slca"], tiny_images()
-    backbone = tiny_backbone(family)
-    method = entry.method(backbone, entry.config(), 0)
-    assert torch.equal(method.extract(images), tiny_backbone(family)(images))
-    assert not {p.data_ptr() for p in backbone.parameters()} & {
-        p.data_ptr() for p in method.adapters.parameters()
-    }
-    with torch.no_grad():
-        for parameter in method.adapters.parameters():
-            parameter.mul_(1.5)
-    assert float((method.extract(images) - backbone(images)).detach().abs().max()) > 1e-2
-    assert torch.equal(backbone(images), tiny_backbone(family)(images))
-
-
-def test_the_whole_backbone_is_trained_and_stays_as_it_was() -> None:
-    learner = started("slca", 2)
-    original = dict(tiny_backbone().named_parameters())
-    for name, parameter in learner.backbone.named_parameters():
-        assert torch.equal(parameter, original[name]) and not parameter.requires_grad, name
-    state = learner.method.state()
-    for name, parameter in original.items():
-        assert not torch.equal(state[f"adapters.backbone.{name.replace('.', '/')}"], parameter), name
-    count = sum(p.numel() for p in original.values())
-    assert [task.trainable_parameters for task in learner.tasks] == [count + 2 * 33, count + 3 * 33]
-    assert learner.tasks[0].stored_bytes > 4 * count
-
-
-def test_the_backbone_has_a_fraction_of_the_rate() -> None:
-    method, _ = prepared(started("slca", backbone_rate=0.25, head_learning_rate=0.4), 0)
-    head, backbone = method.parameter_groups()
-    assert head["lr"] == 0.4 and backbone["lr"] == pytest.approx(0.1)
-    assert {id(p) for p in head["params"]} == {id(p) for p in method.heads.tasks[-1].parameters()}
-    assert len(backbone["params"]) == len(list(method.backbone.parameters()))
-    assert all(p.requires_grad for p in backbone["params"])
-
-
-def test_alignment_changes_heads_alone_and_from_the_second_task_on() -> None:
-    for tasks in (1, 2):
-        plain = started("slca", tasks, refit_epochs=0).method.state()
-        for name, x in started("slca", tasks).method.state().items():
-            assert torch.equal(x, plain[name]) != (tasks > 1 and name.startswith("heads")), name
-
-
-def test_alignment_draws_from_means_that_shrink_with_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def noted(heads: object, mean: Tensor, factors: Tensor, *_: object) -> None:
-        seen.append((mean, factors))
-
-    monkeypatch.setattr(slca_module, "refit", noted)
-    learner = started("slca", 3)
-    assert len(seen) == 2
-    mean, factors = seen[1]
-    model = slca(learner).gaussians
-    scale = torch.tensor([0.9 + 0.1 / 3] * 2 + [0.9 + 0.2 / 3] * 3 + [1.0] * 2)
-    assert_close(mean, model.mean * scale[:, None])
-    assert_close(factors @ factors.mT, model.covariance, rtol=1e-3, atol=1e-2)
-
-
-def test_logits_are_normalised_by_the_tasks_that_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forgotten task has no logits, so its norm of 0 must not enter the mean."""
-    learner = started("slca", 2)
-    learner.forget(task="task 1")
-    given: list[Any] = []
-    monkeypatch.setattr(slca_module, "refit", lambda *parts: given.extend(parts))
-    learner.learn(TASKS[2])
-    logits = 5 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    norms = torch.stack([logits[:, :3].norm(dim=1), logits[:, 3:].norm(dim=1)], 1)
-    rows = torch.tensor([0, 1, 4, 2])
-    expected = F.cross_entropy(logits / norms.mean(1, keepdim=True) / 0.1, rows)
-    assert_close(given[3](logits, rows), expected)
-
-
-def test_normalised_cross_entropy_as_written() -> None:
-    logits = 5 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    task, rows = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 3, 5, 2])
-    norms = torch.stack([logits[:, :2].norm(dim=1), logits[:, 2:5].norm(dim=1), logits[:, 5:].norm(dim=1)], 1)
-    expected = F.cross_entropy(logits / norms.mean(1, keepdim=True) / 0.1, rows)
-    assert_close(normalised_cross_entropy(logits, rows, task, 0.1), expected)
-    assert_close(normalised_cross_entropy(7 * logits, rows, task, 0.1), expected)
-    zeros = torch.zeros(2, 6, requires_grad=True)
-    normalised_cross_entropy(zeros, rows[:2], task, 0.1).backward()
-    assert zeros.grad is not None and zeros.grad.isfinite().all()
-
-
-def test_gaussians_take_the_bytes_that_the_manual_says() -> None:
-    for name in ("sldc", "slca"):
-        state = started(name, 2).method.state()
-        stored = sum(x.numel() * x.element_size() for key, x in state.items() if key.startswith("gaussians"))
-        assert stored == 5 * 4 * (32 + 1) ** 2
-
-
-# -- both ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "module", "first"), [("sldc", sldc_module, 1), ("slca", slca_module, 2)])
-def test_every_refit_starts_from_the_heads_as_they_were_trained(
-    name: str, module: Any, first: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The released codes drop refitted heads before the next task; a forgotten class has none."""
-    learner, original, at_start = started(name), module.refit, []
-    trained: list[Tensor] = []
-    consolidate = learner.method.consolidate
-
-    def heads() -> Tensor:
-        return torch.cat(
-            [torch.cat([h.weight, h.bias[:, None]], 1).detach() for h in learner.method.heads.tasks]  # type: ignore[operator,index]
-        )
-
-    def trained_then(task: TaskInfo, loader: Any) -> None:
-        trained.append(heads()[-len(task.classes) :])
-        consolidate(task, loader)
-
-    def noted(*given: Any, **more: Any) -> None:
-        at_start.append(heads())
-        original(*given, **more)
-
-    monkeypatch.setattr(learner.method, "consolidate", trained_then)
-    monkeypatch.setattr(module, "refit", noted)
-    for task in TASKS[:2]:
-        learner.learn(task)
-    refitted = heads()
-    assert not torch.equal(refitted, torch.cat(trained)), "the refit did something"
-    learner.forget(name=TASKS[1].classes[1])
-    trained[1] = trained[1][[0, 2]]
-    learner.learn(TASKS[2])
-    assert len(at_start) == 4 - first
-    assert torch.equal(at_start[-1], torch.cat(trained))
