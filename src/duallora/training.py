@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,7 @@ class Timings:
 
 def batches(
     loader: ImageLoader, source: Source, data: TaskDataset, chunks: Iterable[Chunk], total: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of a data set on the loader's device, with labels and indices.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,7 +81,7 @@ class ImageLoader:
                 with self._opening:
                     self._close(number)
 
-    def batches(self, source: Source, chunks: Iterable[Chunk], total: int) -> Iterator[Tensor]:
+    def batches(self, source: Source, chunks: Iterable[Chunk], total: int) -> Generator[Tensor, None, None]:
         """Batches (B, 3, height, width), normalised, fp32, on the device.
 
         One pass at a time has the workers; one inside another, or in another thread, does without.
