@@ -292,6 +292,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
 def test_no_worker_outlives_its_process(sent: signal.Signals, tmp_path: Path) -> None:
     here = Path(__file__).parent

@@ -102,6 +102,7 @@ def _run(words: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on(device: str, tmp_path: Path) -> None:
     words = ["--stream", "digits", "--tasks", "2", "--train-per-class", "6", "--method", "duallora"]
     words += ["--method.epochs", "1", "--device", device, "--precision", "32"]
