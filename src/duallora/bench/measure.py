@@ -210,10 +210,13 @@ class Bench:
 
     def _prediction(self, tasks: int) -> list[Row]:
         filled = cache(lambda: self._filled(tasks))  # only for what is not measured yet
+
+        def measured(batch: int) -> list[Row]:
+            return self._batch(tasks, batch, filled())
+
         rows: list[Row] = []
         for batch in self.plan.batches:
-            part = f"{_counted(tasks)}, batch {batch}"
-            rows += self.unfinished.measured(part, lambda b=batch: self._batch(tasks, b, filled()))
+            rows += self.unfinished.measured(f"{_counted(tasks)}, batch {batch}", partial(measured, batch))
         return rows
 
     def _filled(self, tasks: int) -> _Filled:

@@ -190,12 +190,14 @@ class ImageLoader:
             assembly = Assembly(workers, number, piece_of(seconds), self.ahead)
             assembly.add(first, begun, row)
             more = True
-            while assembly:
+            while True:
                 while more and assembly.has_room:
                     chunk = next(chunks, None)
                     more = chunk is not None
                     if chunk is not None:
                         assembly.add(chunk, self._empty(source, chunk))
+                if not assembly:
+                    return
                 yield assembly.take()
         finally:  # nothing is under way at the end of a whole pass
             self._give_up(workers)
