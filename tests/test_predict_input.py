@@ -107,9 +107,9 @@ def test_images_are_taken_as_they_come_and_let_go(
 
     plain = learner.outputs_of
 
-    def noted(batches: Any) -> Any:
+    def noted(batches: Any, **options: Any) -> Any:
         seen.append(given)
-        return plain(batches)
+        return plain(batches, **options)
 
     monkeypatch.setattr(learner, "outputs_of", noted)
     streamed = learner.predict(images())

@@ -64,8 +64,8 @@ def test_one_budget_says_what_of_it_a_method_has() -> None:
 def test_the_values_of_papers_are_told_line_by_line() -> None:
     found = told(["slca", "sd-lora", "lora", "joint"], same_budget=False)
     assert found[0] == (
-        "training: 50 epochs, batches of 128, SGD, cosine to zero, weight decay 0.0005, heads at 0.01 "
-        "(slca); "
+        "training: 50 epochs, batches of 128, SGD, a tenth of the rate in the last fifth, "
+        "weight decay 0.0005, heads at 0.01 (slca); "
         "20 epochs, batches of 128, SGD, constant rates, heads at 0.008 (sd-lora); "
         "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005 (lora, joint)"
     )

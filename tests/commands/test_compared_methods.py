@@ -165,10 +165,10 @@ def test_every_shipped_line_is_valid_with_and_without_the_same_budget(name: str)
     [
         ("sd-lora", ("sgd", "constant", 0.0, 0.008)),
         ("ranpac", ("sgd", "cosine", 5e-4, 0.01)),
-        ("slca", ("sgd", "cosine", 5e-4, 0.01)),
+        ("slca", ("sgd", "step", 5e-4, 0.01)),
         ("o-lora", ("adam", "constant", 0.0, 0.005)),
         ("l2p", ("adam", "constant", 0.0, 0.001875)),
-        ("sldc", ("adamw", "cosine", 0.0, 0.001)),
+        ("sldc", ("adamw", "cosine", 3e-5, 0.001)),
     ],
 )
 def test_the_optimiser_of_a_paper_is_not_that_of_the_same_budget(name: str, paper: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return caller(capsys)
 
 
-BLANK = ["stream", "seed", "backbone", "tasks", "device", "method", "precision"]
+BLANK = ["stream", "seed", "backbone", "device", "method", "precision"]
 NESTED = {
     "method: {name: [duallora]}\n": "method.name is a list",
     "method: {name: {a: b}}\n": "method.name is a dict",

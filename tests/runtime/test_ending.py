@@ -32,9 +32,12 @@ FORKING = """
 import os, signal, sys, time
 from duallora.runtime.ending import ending_in_order
 with ending_in_order():
+    ready, told = os.pipe()
     child = os.fork()
     if not child:
+        os.write(told, b"x")  # Python drops signals that come before a fork is done
         time.sleep(600)
+    os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

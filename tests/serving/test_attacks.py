@@ -139,7 +139,12 @@ def _until_busy(port: int) -> None:
 
 @pytest.mark.parametrize(
     "request_",
-    [b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\0\1\2\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n"],
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"\0\1\2\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+    ],
 )
 def test_what_is_no_request_is_answered_in_json(saved_server: int, request_: bytes) -> None:
     with socket.create_connection(("127.0.0.1", saved_server), timeout=120) as client:

@@ -104,7 +104,7 @@ def test_copies_in_both_parts_are_counted(folder: Path) -> None:
     for i in (0, 3):
         (folder / f"copy{i}.png").write_bytes((folder / "photos" / "bee" / f"{i}.png").read_bytes())
     lines = [*rows(), "copy0.png,bee,test", "copy3.png,bee,test"]
-    with pytest.warns(UserWarning, match=r"2 images to test on are .* copy0\.png, which is .*0\.png"):
+    with pytest.warns(UserWarning, match=r"2 images to test on are .*copy0\.png, which is .*0\.png"):
         streams.load(table(folder, *lines), tasks=1)
 
 

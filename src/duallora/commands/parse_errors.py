@@ -74,7 +74,8 @@ def refuse_blank(configs: Sequence[Mapping[str, Any]], parser: ArgumentParser) -
             if isinstance(value, list | Mapping) and not _takes_several(action):
                 kind = "a list" if isinstance(value, list) else "a section"
                 takes = _takes(action) or "one value"
-                raise DualLoRAError(f"{key} is {kind} in the configuration; it takes {takes}.")
+                option = f"--{key.replace('_', '-')}"
+                raise DualLoRAError(f"{key} is {kind} in the configuration; it takes {takes} ({option}).")
 
 
 def _may_be_none(action: Any) -> bool:

@@ -23,15 +23,14 @@ def walk(
     Yields:
         Every folder's path and the names of the files in it.
     """
-    begun: list[Path] = []  # where a walk started, without links
     seen: set[str] = set()
-    waiting = [str(folder)]
+    # Where to start, and the linked folders that this start lies in.
+    waiting: list[tuple[str, tuple[Path, ...]]] = [(str(folder), ())]
     while waiting:
-        start = waiting.pop(0)
+        start, chain = waiting.pop(0)
         real = Path(start).resolve()
-        if str(real) in seen or any(each.is_relative_to(real) for each in begun):
+        if str(real) in seen or any(each.is_relative_to(real) for each in chain):
             continue
-        begun.append(real)
         links: list[str] = []
         for parent, folders, files in os.walk(start, onerror=fail):
             place = os.path.realpath(parent)
@@ -43,4 +42,4 @@ def walk(
             links += [path for name in inside if os.path.islink(path := f"{parent}/{name}")]  # noqa: PTH114
             folders[:] = inside
             yield parent, files
-        waiting += sorted(links)
+        waiting += [(link, (*chain, real)) for link in sorted(links)]

@@ -21,7 +21,7 @@ from duallora.data.folder_walk import walk
 from duallora.data.tiff import refuse_exif
 from duallora.data.unreadable import foreign_kind, remedy
 from duallora.errors import DualLoRAError
-from duallora.storage.regular import open_regular, refuse_kernel
+from duallora.storage.regular import open_regular, refuse_kernel, refuse_special
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _SYSTEM_FOLDERS = frozenset({"__MACOSX"})
 _ORIENTATION_TAG = 0x0112
-_HEAD = 512  # bytes that tell what a file is
 _MOST_RAW = 1 << 17  # letters of the older form of Exif in a PNG
+_HEAD = 512  # bytes that tell what a file is
 _PILLOW = re.compile(r"PIL\.")
 
 
@@ -134,12 +134,15 @@ def find_files(folder: Path) -> list[Path]:
     Links to folders are followed, and each folder comes once: see :func:`walk`.
 
     Raises:
-        DualLoRAError: there is no such folder, or one in it may not be read.
+        DualLoRAError: there is no such folder, one in it may not be read, or holds a pipe, a socket or a
+            device.
     """
     require_folder(folder)
     found = []
     for parent, files in walk(folder, _is_walked, _refuse_unread):
-        found += [f"{parent}/{name}" for name in files if not _is_hidden(name)]
+        kept = [name for name in files if not _is_hidden(name)]
+        refuse_special(parent, kept)
+        found += [f"{parent}/{name}" for name in kept]
     return [Path(name) for name in sorted(found)]
 
 
@@ -233,7 +236,7 @@ def _foreign(source: BinaryIO, name: str) -> DualLoRAError | None:
     try:
         source.seek(0)
         head = source.read(_HEAD)
-    except OSError:
+    except (OSError, ValueError):  # Pillow may have closed it
         return None
     kind = foreign_kind(head)
     if kind is None or kind in Image.OPEN:  # AVIF, where Pillow has it: then it is only broken
@@ -302,7 +305,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     grey = np.asarray(image)
-    if image.mode.startswith("I;16") or image.format == "PPM":
+    if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode != "F"):
         # 16 bits by their format: the upper byte, which is what the decoder itself takes of 16-bit colour.
         return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     return Image.fromarray(_to_byte(grey.astype(np.float32))).convert("RGB")

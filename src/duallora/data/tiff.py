@@ -95,8 +95,8 @@ def _largest(file: BinaryIO, order: str, place: bytes, number: int) -> int:
     file.seek(min(start, 1 << 62))
     data = file.read(2 * number)
     file.seek(here)
-    bits: tuple[int, ...] = struct.unpack(f"{order}{number}H", data)
-    return max(bits)
+    largest: int = max(struct.unpack(f"{order}{number}H", data))
+    return largest
 
 
 def _allowed(file: BinaryIO) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -75,6 +77,21 @@ def require_regular(path: str | Path) -> None:
     path = Path(path)
     _refuse_kind(path, path.stat().st_mode)
     refuse_kernel(path)
+
+
+def refuse_special(folder: str, names: Iterable[str]) -> None:
+    """Refuses a folder in which one of the names is neither a file nor a folder; nothing is opened.
+
+    Raises:
+        NotRegular: naming the first.
+    """
+    wanted = set(names)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # The folder itself says what an entry is; only links are looked at.
+            if entry.name in wanted and not entry.is_file() and not entry.is_dir():
+                with suppress(FileNotFoundError):  # a link to nothing; whoever reads it says so
+                    _refuse_kind(Path(entry.path), entry.stat().st_mode)
 
 
 def refuse_kernel(path: Path) -> None:

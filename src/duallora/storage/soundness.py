@@ -47,8 +47,8 @@ def check(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tenso
     found = _first_fault(folder, manifest, tensors)
     if found is not None:
         raise DualLoRAError(
-            f"the model in {folder} is damaged, or no model that duallora saved: {found}; restore it from a "
-            "copy of the model."
+            f"{folder / 'model.json'} or the weights beside it are damaged, or no model that duallora saved: "
+            f"{found}; restore them from a copy of the model."
         )
 
 
@@ -71,8 +71,8 @@ def _first_fault(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str
 
 
 def _tasks_fault(manifest: Mapping[str, Any]) -> str | None:
-    tasks, classes = manifest["tasks"], manifest["classes"]
-    if not _is_texts(classes) or not isinstance(tasks, list) or len(tasks) > _MOST_TASKS:
+    tasks, classes = manifest["tasks"], manifest.get("classes")
+    if not (classes is None or _is_texts(classes)) or not isinstance(tasks, list) or len(tasks) > _MOST_TASKS:
         return "its classes or tasks are no lists"
     taught: set[str] = set()
     for task in tasks:
@@ -84,7 +84,8 @@ def _tasks_fault(manifest: Mapping[str, Any]) -> str | None:
         if not all(0 <= value <= _LARGEST for value in numbers):  # also refuses NaN
             return "a task has a number that cannot be"
         taught.update(task["classes"])
-    return None if taught == set(classes) else "its tasks and its classes are not the same"
+    # A model that lost the list has the same classes in its tasks.
+    return None if classes is None or taught == set(classes) else "its tasks and its classes are not the same"
 
 
 def _settings_fault(manifest: Mapping[str, Any]) -> str | None:
