@@ -154,7 +154,7 @@ def _train(
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     parallel.copy_from_first(trained)
     epochs = epochs_for(config, len(data))
-    plain, schedule = make_optimizer(groups, config, epochs * math.ceil(len(data) / config.batch_size))
+    plain, schedule = make_optimizer(groups, config, math.ceil(len(data) / config.batch_size), epochs)
     optimizer: Any = fabric.setup_optimizers(plain)
 
     def steps(epoch: int) -> list[list[tuple[Sequence[int], float]]]:
@@ -214,9 +214,10 @@ def _gradients(method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[t
 
 
 def make_optimizer(
-    groups: list[dict[str, Any]], config: MethodConfig, steps: int
+    groups: list[dict[str, Any]], config: MethodConfig, steps: int, epochs: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """The optimiser over a task's parameters, and its schedule over all steps."""
+    """The optimiser over a task's parameters, and its schedule over ``epochs`` of ``steps`` steps each."""
+    total = epochs * steps
     kinds = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -224,10 +225,10 @@ def make_optimizer(
     }
     optimizer: Optimizer = kinds[config.optimizer](groups, weight_decay=config.weight_decay)  # type: ignore[operator]
     if config.schedule == "cosine":  # the same numbers as by its formula but for rounding
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
 
     def share(step: int) -> float:
-        return rate_share(config.schedule, step, steps, config.epochs)
+        return rate_share(config.schedule, step, total, epochs)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 

@@ -123,7 +123,7 @@ class Training:
         groups = self.method.parameter_groups()
         if groups:
             slow = [group | {"lr": _RATE} for group in groups]
-            plain, _ = make_optimizer(slow, self.method.config, 1)
+            plain, _ = make_optimizer(slow, self.method.config, 1, 1)
             self.optimizer = self.machine.fabric.setup_optimizers(plain)
 
     def step(self) -> None:
