@@ -63,6 +63,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are started for any work."""
     monkeypatch.setattr(loader_module, "START_WORTH", -1.0)
     monkeypatch.setattr(loader_module, "SEND_WORTH", -1.0)
+    monkeypatch.setattr(loader_module, "CHEAP", 0.0)
 
 
 @pytest.fixture
@@ -272,7 +273,7 @@ import torch
 sys.path[:0] = {path!r}
 import test_loader as t
 from duallora.data import loader as module
-module.START_WORTH = module.SEND_WORTH = -1.0
+module.START_WORTH = module.SEND_WORTH = module.CHEAP = -1.0
 loader = module.ImageLoader(torch.device("cpu"), 2, 2**20)
 with loader.reading(t.Drawn(Path(sys.argv[1])), t.EVALUATION, t.AUGMENTATION) as source:
     passing = loader.batches(source, t.chunks(4) * 10_000, t.COUNT * 10_000)

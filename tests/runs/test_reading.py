@@ -57,6 +57,7 @@ def stream(file: Path) -> Stream:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "START_WORTH", -1.0)
     monkeypatch.setattr(loader_module, "SEND_WORTH", -1.0)
+    monkeypatch.setattr(loader_module, "CHEAP", 0.0)
     # It asks for images that are decoded already, again and again.
     monkeypatch.setattr("duallora.runs.results.images_per_second", lambda *_: 1.0)
 

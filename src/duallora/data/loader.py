@@ -23,6 +23,9 @@ START_WORTH = 0.3
 SEND_WORTH = 0.01
 """The same where they run already."""
 
+CHEAP = 1.5e-4
+"""Seconds of an image below which workers that take turns with the model would save nothing."""
+
 
 class ImageLoader:
     """Gives batches of a data set's images on a device.
@@ -163,13 +166,16 @@ class ImageLoader:
                 took, done = time.perf_counter() - start, done + 1
                 # The first image takes longer than others: its decoder is imported.
                 seconds, last = min(took, last), took
-                if self._count and done > 1 and self._worth(seconds * (total - done)):
+                if self._count and done > 1 and self._worth(seconds, total - done):
                     yield from self._ahead(source, chunk, row + 1, pixels, chunks, seconds)
                     return
             yield pixels
 
-    def _worth(self, seconds: float) -> bool:
-        return seconds > (START_WORTH if self._workers is None else SEND_WORTH)
+    def _worth(self, seconds: float, images: int) -> bool:
+        """Whether workers are worth it for so many images of so many seconds each."""
+        if not self.ahead and seconds < CHEAP:
+            return False
+        return seconds * images > (START_WORTH if self._workers is None else SEND_WORTH)
 
     def _ahead(
         self, source: Source, first: Chunk, row: int, begun: Tensor, chunks: Iterator[Chunk], seconds: float
