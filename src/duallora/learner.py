@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
 from duallora.backbones.frozen_features import FrozenFeatures
-from duallora.data.images import to_pil
+from duallora.data.asked import asked
+from duallora.data.loader import ImageLoader
 from duallora.data.one_by_one import one_by_one
 from duallora.data.transforms import Augmentation, evaluation_transform
 from duallora.errors import DualLoRAError
@@ -34,7 +35,7 @@ from duallora.storage import checkpoint
 from duallora.storage.soundness import check
 from duallora.streams.names import hint_at_case
 from duallora.streams.task import as_task_dataset, without_empty_classes
-from duallora.training import EVALUATION_BATCH, batches, chunked, learn_task, unaugmented
+from duallora.training import EVALUATION_BATCH, evaluated, learn_task
 
 
 class ContinualLearner:
@@ -84,9 +85,10 @@ class ContinualLearner:
         autocast = self.machine.autocast
         context = MethodContext(autocast, nullcontext if exact_readouts else autocast, features)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed, context)
-        self.preprocess: Callable[[Any], Tensor] = evaluation_transform(self.backbone.info)
+        self.preprocess = evaluation_transform(self.backbone.info)
+        self.loader = ImageLoader(self.machine.device, self.machine.workers, self.machine.image_bytes)
         if self.machine.compute.compile:
-            self.backbone.compile(dynamic=True)
+            self.backbone.compile()
         # An unknown policy is refused now, not at the first task.
         Augmentation(self.backbone.info, augment, seed, 0)
         self.tasks: list[TaskRecord] = []
@@ -136,7 +138,7 @@ class ContinualLearner:
         if self.machine.compute.compile:
             torch.compiler.reset()  # a task changes the adapters: what was compiled for the last is no use
         timings = learn_task(
-            self.method, task, data, augmentation, self.preprocess, self.machine, self.progress
+            self.method, task, data, augmentation, self.preprocess, self.machine, self.loader, self.progress
         )
         self._unfinished = None
         record = TaskRecord(
@@ -160,9 +162,11 @@ class ContinualLearner:
         data = as_task_dataset(dataset)
         divided = len(data) >= parallel.size()
         own = parallel.share(len(data)) if divided else range(len(data))
-        chunks = chunked(own, EVALUATION_BATCH)
-        found = batches(data, unaugmented(self.preprocess), self.machine, chunks)
-        outputs = self.outputs_of(batch.images for batch in found)
+        with (
+            self.loader.reading(data, self.preprocess) as source,
+            closing(self.loader.batches(source, evaluated(own), len(own))) as found,
+        ):
+            outputs = self.outputs_of(found)
         return outputs.gathered() if divided else outputs
 
     def outputs_of(self, images: Iterable[Tensor], *, cached: bool = True) -> Outputs:
@@ -233,7 +237,9 @@ class ContinualLearner:
         """
         found: list[Prediction] = []
         tasks = [task.name for task in self.tasks]
-        for batch, paths in self._batches(one_by_one(images)):
+        if not self.tasks and any(True for _ in one_by_one(images)):
+            self.outputs_of([])  # refuses at once, rather than after a batch of images
+        for batch, paths in asked(images, self.loader, self.preprocess, EVALUATION_BATCH):
             # What is asked for is computed, and so is timed.
             outputs = self.outputs_of([batch], cached=False)
             found += predictions(outputs, self.classes, tasks, paths, top)
@@ -308,6 +314,7 @@ class ContinualLearner:
         progress: Progress | None = None,
         backbone: Backbone | None = None,
         features: FrozenFeatures | None = None,
+        exact_readouts: bool = True,
     ) -> ContinualLearner:
         """Loads a saved learner; it predicts, and goes on learning, exactly as the one that was saved.
 
@@ -317,13 +324,14 @@ class ContinualLearner:
             progress: where to report; the default is silent.
             backbone: the frozen backbone, if it cannot be loaded by its name.
             features: as for a new one.
+            exact_readouts: as for a new one.
 
         Raises:
             DualLoRAError: if the folder holds no sound model, or the backbone is another than the model's.
         """
         folder = Path(path)
         manifest, tensors = checkpoint.read(folder)
-        return cls.restored(folder, manifest, tensors, device, progress, backbone, features)
+        return cls.restored(folder, manifest, tensors, device, progress, backbone, features, exact_readouts)
 
     @classmethod
     def restored(
@@ -335,6 +343,7 @@ class ContinualLearner:
         progress: Progress | None = None,
         backbone: Backbone | None = None,
         features: FrozenFeatures | None = None,
+        exact_readouts: bool = True,
     ) -> ContinualLearner:
         """As :meth:`load`, from what ``checkpoint.read`` gave."""
         check(folder, manifest, tensors)
@@ -360,6 +369,7 @@ class ContinualLearner:
                 augment=manifest["augment"],
                 progress=progress,
                 features=features,
+                exact_readouts=exact_readouts,
             )
             learner.method.load_state(tensors)
             for record in manifest["tasks"]:
@@ -377,21 +387,6 @@ class ContinualLearner:
     def _add(self, record: TaskRecord) -> None:
         self.tasks.append(record)
         self.classes.extend(name for name in record.classes if name not in self.classes)
-
-    def _batches(self, items: Iterator[Any]) -> Iterator[tuple[Tensor, list[str | None]]]:
-        """Preprocessed images (B, 3, H, W) and the files they came from, without looking ahead."""
-        views: list[Tensor] = []
-        paths: list[str | None] = []
-        for item in items:
-            if not self.tasks:
-                self.outputs_of([])  # refuses at once, rather than after a batch of images
-            views.append(self.preprocess(to_pil(item)))
-            paths.append(str(item) if isinstance(item, (str, Path)) else None)
-            if len(views) == EVALUATION_BATCH:
-                yield torch.stack(views), paths
-                views, paths = [], []
-        if views:
-            yield torch.stack(views), paths
 
     def _check_usable(self) -> None:
         if self._unfinished is not None:

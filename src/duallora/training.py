@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
 
-from duallora.data.transforms import Augmentation
-from duallora.errors import DualLoRAError
+from duallora.backbones.compiling import compiler_errors
+from duallora.data.assembly import Chunk
+from duallora.data.loader import ImageLoader
+from duallora.data.source import Source
+from duallora.data.transforms import Augmentation, EvaluationTransform
+from duallora.errors import DualLoRAError, is_low_memory
 from duallora.methods import Batch, Method, MethodConfig, TaskInfo
 from duallora.methods.config import epochs_for
 from duallora.methods.schedules import rate_share
@@ -25,8 +29,10 @@ from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.streams import TaskDataset
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 EVALUATION_BATCH = 64
-_FEW = 256  # images that are decoded sooner than workers start
 
 
 @dataclass(frozen=True)
@@ -39,47 +45,28 @@ class Timings:
     trainable_parameters: int
 
 
-class _Views(Dataset[tuple[Tensor, int, int]]):
-    """Samples as tensors, with label and index; ``epoch`` None gives the evaluation view."""
-
-    def __init__(self, data: TaskDataset, view: Callable[[Any, int], Tensor]) -> None:
-        self.data, self.view = data, view
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image, label = self.data[index]
-        return self.view(image, index), label, index
-
-
 def batches(
-    data: TaskDataset,
-    view: Callable[[Any, int], Tensor],
-    machine: Machine,
-    chunks: Sequence[Sequence[int]],
-) -> Iterator[Batch]:
-    """Batches of a data set on a device: the samples at the positions of each chunk.
+    loader: ImageLoader, source: Source, data: TaskDataset, chunks: Iterable[Chunk], total: int
+) -> Generator[Batch, None, None]:
+    """Batches of a data set on the loader's device, with labels and indices.
 
-    Workers have no part in any result, because every random draw is keyed by the sample. Data set and view
-    have to be picklable: where processes are not forks, workers get them so.
+    Args:
+        loader: has the data set open.
+        source: that data set.
+        data: the same, for its targets.
+        chunks: which samples are in which batch.
+        total: samples in all chunks together.
     """
-    gpu = machine.device.type == "cuda"
-    loader = DataLoader(
-        _Views(data, view),
-        batch_sampler=chunks,  # type: ignore[arg-type]  # it is only gone through, and has a length
-        num_workers=machine.workers if sum(map(len, chunks)) > _FEW else 0,
-        pin_memory=gpu,
-        # A loader draws a seed for its workers, from the global generator unless it has one of its own.
-        generator=torch.Generator(),
-    )
-    for images, labels, indices in loader:
-        yield Batch(*(x.to(machine.device, non_blocking=gpu) for x in (images, labels, indices)))
+    asked, shown = itertools.tee(chunks)
+    with closing(loader.batches(source, asked, total)) as found:
+        for chunk, images in zip(shown, found, strict=True):
+            labels = [data.targets[position] for position in chunk.positions]
+            yield Batch(images, loader.sent(labels), loader.sent(chunk.positions))
 
 
-def unaugmented(evaluation: Callable[[Any], Tensor]) -> Callable[[Any, int], Tensor]:
-    """A view for `batches` that depends on the image alone."""
-    return partial(_evaluated, evaluation)
+def evaluated(positions: Sequence[int]) -> list[Chunk]:
+    """The batches of a pass without gradients."""
+    return [Chunk(tuple(part)) for part in chunked(positions, EVALUATION_BATCH)]
 
 
 def chunked(positions: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -92,8 +79,9 @@ def learn_task(
     task: TaskInfo,
     data: TaskDataset,
     augmentation: Augmentation,
-    evaluation: Callable[[Any], Tensor],
+    evaluation: EvaluationTransform,
     machine: Machine,
+    loader: ImageLoader,
     progress: Progress,
 ) -> Timings:
     """Runs the hooks of ``method`` on one task.
@@ -105,18 +93,33 @@ def learn_task(
         augmentation: view of a training sample by epoch and index.
         evaluation: view of a sample in the passes without gradients.
         machine: device, processes and precision.
+        loader: reads the images, which are kept until the end of the task.
         progress: where to report.
 
     Raises:
         DualLoRAError: fewer images than processes, or a training that diverged.
     """
     parallel.require_enough(len(data), task.name)
-    own = chunked(parallel.share(len(data)), EVALUATION_BATCH)
+    with loader.reading(data, evaluation, augmentation, keep="images") as source:
+        return _learned(method, task, data, source, machine, loader, progress)
+
+
+def _learned(
+    method: Method,
+    task: TaskInfo,
+    data: TaskDataset,
+    source: Source,
+    machine: Machine,
+    loader: ImageLoader,
+    progress: Progress,
+) -> Timings:
+    share = parallel.share(len(data))
+    own = evaluated(share)
 
     def passes(label: str) -> Callable[[], Iterator[Batch]]:
         def one() -> Iterator[Batch]:
-            found = batches(data, unaugmented(evaluation), machine, own)
-            yield from progress.track(found, len(own), f"{task.name}: {label}")
+            with closing(batches(loader, source, data, own, len(share))) as found:
+                yield from progress.track(found, len(own), f"{task.name}: {label}")
 
         return one
 
@@ -125,7 +128,7 @@ def learn_task(
     prepared = clock.lap()
     trained, groups = 0, method.parameter_groups()
     if groups and len(task.classes) > 1:
-        trained = _train(method, groups, task, data, augmentation, machine, progress)
+        trained = _train(method, groups, task, data, source, machine, loader, progress)
     elif groups:
         progress.line(
             f"{task.name}: a single class has nothing to tell apart; "
@@ -141,8 +144,9 @@ def _train(
     groups: list[dict[str, Any]],
     task: TaskInfo,
     data: TaskDataset,
-    augmentation: Augmentation,
+    source: Source,
     machine: Machine,
+    loader: ImageLoader,
     progress: Progress,
 ) -> int:
     """The optimiser's steps on shuffled augmented views; returns the number of trained parameters."""
@@ -150,35 +154,70 @@ def _train(
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     parallel.copy_from_first(trained)
     epochs = epochs_for(config, len(data))
-    plain, schedule = make_optimizer(groups, config, epochs * math.ceil(len(data) / config.batch_size))
+    plain, schedule = make_optimizer(groups, config, math.ceil(len(data) / config.batch_size), epochs)
     optimizer: Any = fabric.setup_optimizers(plain)
-    for epoch in range(epochs):
+
+    def steps(epoch: int) -> list[list[tuple[Sequence[int], float]]]:
         wholes = chunked(_order(len(data), method.seed, task.index, epoch), config.batch_size)
-        pieces = [_pieces(whole, machine.compute.accumulate) for whole in wholes]
-        view = partial(_augmented, augmentation, epoch)
-        found = batches(data, view, machine, [piece for own in pieces for piece, _ in own])
-        label = f"{task.name}: epoch {epoch + 1}/{epochs}"
-        for own in progress.track(pieces, len(pieces), label):
-            optimizer.zero_grad()
-            for (_, share), batch in zip(own, found, strict=False):
-                fabric.backward(method.loss(batch) * share)
-            parallel.sum_gradients(trained)
-            optimizer.step()
-            schedule.step()
-            method.after_step()
-        if not all(bool(p.isfinite().all()) for p in trained):  # once an epoch: a GPU has to wait for it
-            raise DualLoRAError(
-                f"training of {task.name!r} diverged in epoch {epoch + 1}; lower the learning rates "
-                "(--method.learning_rate, --method.head_learning_rate)."
-            )
+        return [_pieces(whole, machine.compute.accumulate) for whole in wholes]
+
+    # One pass of the loader: the first images of an epoch are prepared in the one before.
+    chunks = (
+        Chunk(tuple(piece), epoch) for epoch in range(epochs) for own in steps(epoch) for piece, _ in own
+    )
+    total = epochs * sum(len(piece) for own in steps(0) for piece, _ in own)
+    with closing(batches(loader, source, data, chunks, total)) as found:
+        for epoch in range(epochs):
+            pieces = steps(epoch)
+            label = f"{task.name}: epoch {epoch + 1}/{epochs}"
+            for own in progress.track(pieces, len(pieces), label):
+                drawn = [(next(found), share) for _, share in own]
+                with _enough_memory(config.batch_size):
+                    try:
+                        _gradients(method, fabric, optimizer, drawn)
+                    except compiler_errors() as error:  # of the way back; the backbone sees to the way there
+                        if not method.backbone.compiled:
+                            raise
+                        method.backbone.leave_uncompiled(error)
+                        _gradients(method, fabric, optimizer, drawn)
+                parallel.sum_gradients(trained)
+                optimizer.step()
+                schedule.step()
+                method.after_step()
+            if not all(bool(p.isfinite().all()) for p in trained):  # once an epoch: a GPU has to wait for it
+                raise DualLoRAError(
+                    f"training of {task.name!r} diverged in epoch {epoch + 1}; lower the learning rates "
+                    "(--method.learning_rate, --method.head_learning_rate)."
+                )
     optimizer.zero_grad()  # gradients would stay as long as their parameters
     return sum(p.numel() for p in trained)
 
 
+@contextmanager
+def _enough_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_low_memory(error):
+            raise
+        raise DualLoRAError(
+            f"there is not enough memory for a batch of {batch_size} images; lower --method.batch_size, or "
+            "compute each batch in pieces with --accumulate."
+        ) from error
+
+
+def _gradients(method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[tuple[Batch, float]]) -> None:
+    """Gradients of a batch from its pieces, each with its share."""
+    optimizer.zero_grad()
+    for batch, share in drawn:
+        fabric.backward(method.loss(batch) * share)
+
+
 def make_optimizer(
-    groups: list[dict[str, Any]], config: MethodConfig, steps: int
+    groups: list[dict[str, Any]], config: MethodConfig, steps: int, epochs: int
 ) -> tuple[Optimizer, LRScheduler]:
-    """The optimiser over a task's parameters, and its schedule over all steps."""
+    """The optimiser over a task's parameters, and its schedule over ``epochs`` of ``steps`` steps each."""
+    total = epochs * steps
     kinds = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -186,10 +225,10 @@ def make_optimizer(
     }
     optimizer: Optimizer = kinds[config.optimizer](groups, weight_decay=config.weight_decay)  # type: ignore[operator]
     if config.schedule == "cosine":  # the same numbers as by its formula but for rounding
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
 
     def share(step: int) -> float:
-        return rate_share(config.schedule, step, steps, config.epochs)
+        return rate_share(config.schedule, step, total, epochs)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
@@ -206,14 +245,6 @@ def _pieces(batch: Sequence[int], accumulate: int) -> list[tuple[Sequence[int], 
     parts = min(accumulate, len(own))
     blocks = [parallel.block(len(own), part, parts) for part in range(parts)]
     return [([own[i] for i in block], len(block) / len(batch)) for block in blocks]
-
-
-def _evaluated(evaluation: Callable[[Any], Tensor], image: Any, _: int) -> Tensor:
-    return evaluation(image)
-
-
-def _augmented(augmentation: Augmentation, epoch: int, image: Any, index: int) -> Tensor:
-    return augmentation(image, epoch, index)
 
 
 def _order(size: int, seed: int, task: int, epoch: int) -> list[int]:

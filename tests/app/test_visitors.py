@@ -331,6 +331,7 @@ def test_what_lies_far_from_what_was_taught_is_doubtful(familiarity: float, word
         "task": "pets",
         "task_confidence": 0.9,
         "unknown": 1 - familiarity,
+        "called_unknown": familiarity < 0.2,
         "top": [{"class": "cat", "probability": 0.66}],
     }
     said = ask.shown(Answer(record, (("pets", 1.0),), False), 0.2)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from duallora.data.loader import ImageLoader
 from duallora.outputs import Outputs, TaskRecord
 from duallora.storage import checkpoint
 
@@ -28,6 +29,7 @@ class MeansLearner:
 
     def __init__(self, fail_at=None):
         self.tasks, self.classes, self.means, self.fail_at = [], [], [], fail_at
+        self.loader, self.preprocess = ImageLoader(self.device, 0, 0), None  # nothing is read through it
 
     def learn(self, dataset, name):
         if len(self.tasks) == self.fail_at:
@@ -69,7 +71,7 @@ class MeansLearner:
             checkpoint.commit(Path(folder), manifest, {"means": torch.stack(self.means)})
 
     @classmethod
-    def load(cls, folder, *, device, progress, backbone=None):
+    def load(cls, folder, *, device, progress, backbone=None, features=None):
         manifest, tensors = checkpoint.read(Path(folder))
         learner = cls()
         learner.means = list(tensors["means"])

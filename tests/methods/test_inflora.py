@@ -66,7 +66,7 @@ def test_the_memory_is_the_same_projector_before_and_after_the_flip() -> None:
         gram = memory.basis.T @ memory.basis
         torch.testing.assert_close(gram, torch.eye(columns, dtype=torch.float64), rtol=0, atol=1e-10)
         assert columns == (memory.free if memory.retain else used.shape[1]) and 2 * columns <= DIM
-        modes.append(memory.retain)
+        modes.append(bool(memory.retain))
     assert modes[0] is False and modes[-2:] == [True, True], "both kinds of update must have been made"
 
 

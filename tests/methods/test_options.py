@@ -65,6 +65,8 @@ CASES: list[Case] = [
     ({"optimizer": "adamw"}, {"weight_decay": 0.5}, EVERYTHING),
     ({}, {"optimizer": "sgd"}, EVERYTHING),
     ({}, {"schedule": "constant"}, EVERYTHING),
+    ({}, {"schedule": "quarter-cosine"}, EVERYTHING),
+    ({"epochs": 6}, {"schedule": "step"}, EVERYTHING),
     ({}, {"weight_decay": 0.1}, EVERYTHING),
     ({}, {"calibration": "task"}, CALIBRATED),
     ({}, {"calibration": "none"}, CALIBRATED),

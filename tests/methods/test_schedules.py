@@ -20,7 +20,7 @@ def rates(schedule: Any, epochs: int) -> list[float]:
     """The rate of every step of a task, as the optimiser has it, over the rate of the configuration."""
     config = small_config("lora", schedule=schedule, epochs=epochs)
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.5, 0.02)]
-    optimizer, schedule = make_optimizer(groups, config, epochs * PER_EPOCH)
+    optimizer, schedule = make_optimizer(groups, config, PER_EPOCH, epochs)
     found = []
     for _ in range(epochs * PER_EPOCH):
         first, second = (group["lr"] for group in optimizer.param_groups)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import weakref
 
 import faults
 import numpy as np
@@ -325,21 +324,6 @@ def test_without_matplotlib_everything_else_is_written(stream, tmp_path, monkeyp
     assert [line for line in lines if "duallora[report]" in line]
     assert not (tmp_path / "run" / "accuracy.png").exists()
     assert (tmp_path / "run" / "results.json").exists()
-
-
-def test_a_tasks_images_are_gone_before_those_of_the_next_are_kept(stream, tmp_path, monkeypatch):
-    training, keeping = [], protocol.keeping
-
-    def watched(dataset, *rest):
-        kept = keeping(dataset, *rest)
-        if any(dataset is task.train for task in stream):
-            assert all(images() is None for images in training)
-            training.append(weakref.ref(kept))
-        return kept
-
-    monkeypatch.setattr(protocol, "keeping", watched)
-    run(stream, tmp_path / "run")
-    assert len(training) == len(stream)
 
 
 def test_the_real_learner_in_miniature(tmp_path, monkeypatch):

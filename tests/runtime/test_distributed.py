@@ -305,9 +305,3 @@ def test_shares_are_blocks_that_cover_everything_once() -> None:
         blocks = [parallel.block(total, part, parts) for part in range(parts)]
         assert [i for block in blocks for i in block] == list(range(total))
         assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
-
-
-def test_a_process_reads_its_own_share_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "size", lambda: 3)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    assert parallel.own_first(7) == [2, 3, 0, 1, 4, 5, 6]

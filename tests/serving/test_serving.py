@@ -84,9 +84,9 @@ def test_what_is_no_image_is_named(client: TestClient) -> None:
     refused(client.post("/predict", content=b""), 400, "has no body")
     refused(client.post("/predict", data={"a": "b"}, files=[]), 400, "not an image")
     svg = b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
-    refused(client.post("/predict", content=svg), 400, "not an image")
+    refused(client.post("/predict", content=svg), 400, "image 1 is SVG", "convert it")
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
-    refused(client.post("/predict", content=postscript), 400, "not an image")
+    refused(client.post("/predict", content=postscript), 400, "image 1 is PostScript", "convert it")
     assert client.post("/predict", content=picture()).status_code == 200
 
 

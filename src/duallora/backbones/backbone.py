@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from duallora.backbones.compiling import any_batch, compiler_errors, tell_uncompiled
 from duallora.backbones.info import BackboneInfo, Normalization
 from duallora.backbones.sources import EMBEDDED, EMBEDDED_FILE, load_model
 from duallora.backbones.timm_families import describe_pooling, positions, prepared
@@ -60,6 +61,27 @@ class Backbone(nn.Module):
         self.plain_qkv: dict[int, nn.Linear] = {}
         self.taken = False
         self.eval()
+
+    def __call__(self, images: Tensor) -> Any:
+        """As :meth:`forward`; compiled, where :meth:`compile` was called and a compiler can do it."""
+        if not self.compiled or torch.compiler.is_compiling():
+            return super().__call__(images)
+        any_batch(images)
+        try:
+            return super().__call__(images)
+        except compiler_errors() as error:
+            self.leave_uncompiled(error)
+            return super().__call__(images)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether passes are compiled."""
+        return self._compiled_call_impl is not None
+
+    def leave_uncompiled(self, error: Exception) -> None:
+        """Goes on without the compiler that has raised an error, and says so."""
+        self._compiled_call_impl = None
+        tell_uncompiled(error)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, row_dim): the final feature, and beside it what else class rows read.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duallora.backbones.backbone import Backbone
+from duallora.backbones.compiling import any_batch
 from duallora.bench.synthetic import RandomTask, simulated_learner, task_info
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS, MethodConfig, method_name
@@ -60,12 +61,12 @@ def bare(backbone: Backbone, machine: Machine) -> Callable[[Tensor], Tensor]:
         found: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
         return found
 
-    made: Callable[[Tensor], Tensor] = (
-        torch.compile(features, dynamic=True) if machine.compute.compile else features
-    )
+    made: Callable[[Tensor], Tensor] = torch.compile(features) if machine.compute.compile else features
 
     @torch.no_grad()
     def call(images: Tensor) -> Tensor:
+        if machine.compute.compile:
+            any_batch(images)
         with machine.autocast():
             return made(images)
 
@@ -122,7 +123,7 @@ class Training:
         groups = self.method.parameter_groups()
         if groups:
             slow = [group | {"lr": _RATE} for group in groups]
-            plain, _ = make_optimizer(slow, self.method.config, 1)
+            plain, _ = make_optimizer(slow, self.method.config, 1, 1)
             self.optimizer = self.machine.fabric.setup_optimizers(plain)
 
     def step(self) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from duallora.bench import exported
 from duallora.bench.candidates import PLAIN, REFERENCE, Candidate, Training, bare
 from duallora.bench.counts import flops, held_bytes, images_seen, peak_bytes, state_bytes
 from duallora.bench.timing import medians, seconds
+from duallora.bench.unfinished import Unfinished
 from duallora.learner import ContinualLearner
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
@@ -52,6 +54,15 @@ class Plan:
     exports: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """Candidates that predict: their calls, what holds their tensors, and what is known of them."""
+
+    calls: dict[str, Image]
+    owners: dict[str, object]
+    about: dict[str, Row]
+
+
 class Bench:
     """Runs a plan.
 
@@ -60,24 +71,44 @@ class Bench:
         backbone: gives a new copy of the backbone.
         machine: where it is measured.
         progress: where to report.
+        unfinished: where every part is written once it is measured.
     """
 
     def __init__(
-        self, plan: Plan, backbone: Callable[[], Backbone], machine: Machine, progress: Progress
+        self,
+        plan: Plan,
+        backbone: Callable[[], Backbone],
+        machine: Machine,
+        progress: Progress,
+        unfinished: Unfinished,
     ) -> None:
-        self.plan, self.backbone, self.machine, self.progress = plan, backbone, machine, progress
+        self.plan, self.machine, self.progress, self.unfinished = plan, machine, progress, unfinished
         self.device = machine.device
-        self.info: BackboneInfo = backbone().info
+        self._loaded = backbone  # a copy is made much faster than another one with its initialisation
+        self.info: BackboneInfo = self._pristine.info
 
     def rows(self) -> list[Row]:
         """One row a candidate, number of tasks and batch; figures of training stand in each of its rows."""
         rows: list[Row] = []
         for tasks in self.plan.tasks:
             with self._every_candidate_compiled():
-                trained = self._training(tasks) if self.plan.images else {}
+                training = partial(self._training, tasks)
+                trained = (
+                    self.unfinished.measured(f"{_counted(tasks)}, training", training)
+                    if self.plan.images
+                    else {}
+                )
                 predicted = self._prediction(tasks)
             rows += [row | trained.get(row["method"], {}) for row in predicted]
         return rows
+
+    def backbone(self) -> Backbone:
+        """A new copy of the backbone."""
+        return copy.deepcopy(self._pristine)
+
+    @cached_property
+    def _pristine(self) -> Backbone:
+        return self._loaded()
 
     @contextmanager
     def _every_candidate_compiled(self) -> Iterator[None]:
@@ -99,7 +130,7 @@ class Bench:
         plan, found = self.plan, dict[str, Row]()
         trainings: dict[str, Training] = {}
         for candidate in plan.candidates:
-            self.progress.line(f"{tasks} tasks, training: {candidate.name} is prepared")
+            self.progress.line(f"{_counted(tasks)}, training: {candidate.name} is prepared")
             training = Training(
                 candidate,
                 self.backbone(),
@@ -112,11 +143,11 @@ class Bench:
             trainings[candidate.name] = training
             found[candidate.name] = self._prepared(training)
         steps = {name: training.step for name, training in trainings.items() if training.trains}
-        self.progress.line(f"{tasks} tasks, training: {len(steps)} candidates step in turn")
+        self.progress.line(f"{_counted(tasks)}, training: {len(steps)} candidates step in turn")
         for name, took in medians(steps, self.device, plan.repeats, warmup=self._warmup).items():
             found[name] |= {"training_seconds": took} | self._step_counts(trainings[name])
         for name, training in trainings.items():
-            self.progress.line(f"{tasks} tasks, training: {name} is consolidated")
+            self.progress.line(f"{_counted(tasks)}, training: {name} is consolidated")
             found[name] |= self._consolidated(training, found[name])
         _ratios(found, PLAIN, "training_seconds", "training_ratio")
         _ratios(found, PLAIN, "training_flops", "training_flops_ratio")
@@ -178,12 +209,24 @@ class Bench:
     # -- prediction ------------------------------------------------------------------------------------------
 
     def _prediction(self, tasks: int) -> list[Row]:
+        filled = cache(lambda: self._filled(tasks))  # only for what is not measured yet
+
+        def measured(batch: int) -> list[Row]:
+            return self._batch(tasks, batch, filled())
+
+        rows: list[Row] = []
+        for batch in self.plan.batches:
+            rows += self.unfinished.measured(f"{_counted(tasks)}, batch {batch}", partial(measured, batch))
+        return rows
+
+    def _filled(self, tasks: int) -> _Filled:
+        """The candidates as if they had learned so many tasks."""
         plan, reference = self.plan, self.backbone()
         calls: dict[str, Image] = {REFERENCE: bare(reference, self.machine)}
         owners: dict[str, object] = {REFERENCE: reference}
         about: dict[str, Row] = {REFERENCE: {"stored_bytes": 0, "forward_passes": 1}}
         for candidate in plan.candidates:
-            self.progress.line(f"{tasks} tasks, prediction: {candidate.name} is filled")
+            self.progress.line(f"{_counted(tasks)}, prediction: {candidate.name} is filled")
             learner = candidate.learned(self.backbone(), tasks, plan.classes, self.machine)
             calls[candidate.name], owners[candidate.name] = learner.method.logits, learner.method
             about[candidate.name] = {
@@ -192,19 +235,12 @@ class Bench:
             }
             if candidate.method == "duallora":
                 for form in plan.exports:
-                    self.progress.line(f"{tasks} tasks, prediction: {candidate.name} is exported")
+                    self.progress.line(f"{_counted(tasks)}, prediction: {candidate.name} is exported")
                     calls[f"{candidate.name} ({form})"] = exported.runner(learner, form)
-        return [row for batch in plan.batches for row in self._batch(tasks, batch, calls, owners, about)]
+        return _Filled(calls, owners, about)
 
-    def _batch(
-        self,
-        tasks: int,
-        batch: int,
-        calls: dict[str, Image],
-        owners: dict[str, object],
-        about: dict[str, Row],
-    ) -> list[Row]:
-        self.progress.line(f"{tasks} tasks, batch {batch}: {len(calls)} candidates predict in turn")
+    def _batch(self, tasks: int, batch: int, filled: _Filled) -> list[Row]:
+        calls, owners, about = filled.calls, filled.owners, filled.about
         images = self._images(batch)
         timed = {name: partial(call, images) for name, call in calls.items()}
         rows: dict[str, Row] = {}
@@ -251,6 +287,10 @@ class Bench:
     @property
     def _warmup(self) -> int:
         return 3 if self.machine.compute.compile else 2
+
+
+def _counted(tasks: int) -> str:
+    return f"{tasks} task{'s' if tasks > 1 else ''}"
 
 
 def _ratios(rows: Mapping[str, Row], reference: str, figure: str, ratio: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,6 +83,7 @@ def bench(
 
     from duallora.bench import measure
     from duallora.bench.candidates import Candidate
+    from duallora.bench.unfinished import Unfinished
     from duallora.methods import METHODS
     from duallora.runtime.compute import Compute
     from duallora.runtime.progress import Progress
@@ -100,15 +102,31 @@ def bench(
         return load_backbone(backbone, backbone_file, pretrained=known, image_size=image_size)
 
     progress = Progress()
-    rows = measure.Bench(plan, fresh, machine, progress).rows()
+    asked = {
+        "backbone": backbone,
+        "image_size": image_size,
+        "candidates": {candidate.name: dataclasses.asdict(candidate.config) for candidate in candidates},
+        "tasks": counts,
+        "batch": batches,
+        "classes": classes,
+        "images": images,
+        "training_batch": training_batch,
+        "repeats": repeats,
+        "exports": forms,
+        "compute": [machine.kind, machine.precision, compile],
+    }
+    unfinished = Unfinished(out, asked, progress)
+    rows = measure.Bench(plan, fresh, machine, progress, unfinished).rows()
     more: dict[str, Any] = {}
     if startup:
         from duallora.bench.startup import startup as measured
 
-        progress.line("new processes start in turn")
         first = next((c for c in candidates if c.method == "duallora"), candidates[0])
-        more["startup"] = measured(first, max(counts), classes, repeats)
+        more["startup"] = unfinished.measured(
+            "new processes, in turn", lambda: measured(first, max(counts), classes, repeats)
+        )
     _write(rows, more, out, machine, repeats)
+    unfinished.remove()
 
 
 def _numbers(option: str, text: int | str, largest: int) -> list[int]:

@@ -194,10 +194,11 @@ def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
 def _keep_features(setting: Setting, out: Path, device: str) -> Path:
     """Computes the frozen features of all un-augmented images once, in the batches of an evaluation."""
     from duallora.backbones.frozen_features import FrozenFeatures
+    from duallora.data.loader import ImageLoader
     from duallora.data.transforms import evaluation_transform
     from duallora.runtime.compute import Machine
     from duallora.runtime.progress import Progress
-    from duallora.training import EVALUATION_BATCH, batches, chunked, unaugmented
+    from duallora.training import evaluated
 
     backbone = setting.backbone
     height, width = backbone.info.input_size[1:]
@@ -206,18 +207,21 @@ def _keep_features(setting: Setting, out: Path, device: str) -> Path:
     if path.exists():
         FrozenFeatures.load(path, backbone)  # one that cannot be read is refused once, not by every run
         return path
-    view, machine = unaugmented(evaluation_transform(backbone.info)), Machine.of(device)
+    view, machine = evaluation_transform(backbone.info), Machine.of(device)
     backbone.to(machine.device)
+    loader = ImageLoader(machine.device, machine.workers, machine.image_bytes)
     parts = [part for task in setting.stream for part in (task.train, task.test)]
 
     def images() -> Any:
         for part in Progress().track(parts, len(parts), "frozen features"):
-            chunks = chunked(range(len(part)), EVALUATION_BATCH)
-            for batch in batches(part, view, machine, chunks):
-                yield batch.images
+            with loader.reading(part, view) as source:
+                yield from loader.batches(source, evaluated(range(len(part))), len(part))
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    FrozenFeatures.compute(backbone, images()).save(path)
+    try:
+        FrozenFeatures.compute(backbone, images()).save(path)
+    finally:
+        loader.close()
     return path
 
 

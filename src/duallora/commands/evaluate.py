@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from duallora.commands import console
+from duallora.errors import DualLoRAError
 
 
 def evaluate(
@@ -15,6 +16,7 @@ def evaluate(
     *,
     json: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
 ) -> None:
     """Measure accuracy per task and over all, confusion between tasks and calibration on labelled images.
 
@@ -23,15 +25,21 @@ def evaluate(
         folder: labelled images in FOLDER/<class>/, or below val/ or test/ where there is one
         json: print one JSON document
         device: where to compute
+        precision: of the backbone; beside 32, an answer may depend on the other images of its batch
     """
     from duallora.learner import ContinualLearner
+    from duallora.runtime.compute import Compute
     from duallora.storage.documents import percent
     from duallora.streams import FolderDataset, evaluation_folder
 
-    learner = ContinualLearner.load(model, device=device)
+    machine = Compute(device, precision=precision).start()
+    learner = ContinualLearner.load(model, device=machine, exact_readouts=False)
     dataset = FolderDataset(evaluation_folder(folder))
-    dataset.check()
-    found = learner.evaluate(dataset)
+    try:
+        found = learner.evaluate(dataset)
+    except DualLoRAError:
+        dataset.check()  # says how many files are bad, where one is; else every image is decoded once
+        raise
     tasks = [dataclasses.asdict(task) for task in found.tasks]
     if json:
         console.document(

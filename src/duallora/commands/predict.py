@@ -20,6 +20,7 @@ def predict(
     out: Path | None = None,
     json: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
 ) -> None:
     """Say what is on images: class, probability, task, confidence, and how unknown they look.
 
@@ -31,6 +32,7 @@ def predict(
         out: also write a CSV file
         json: print one JSON document
         device: where to compute
+        precision: of the backbone; beside 32, an answer may depend on the other images of its batch
     """
     require_range("--top", top, 1, 1000)
     require_range("--unknown-below", unknown_below, 0, 1)
@@ -39,10 +41,12 @@ def predict(
 
     from duallora.learner import ContinualLearner
     from duallora.predictions import as_csv, as_document
+    from duallora.runtime.compute import Compute
     from duallora.storage.atomic import write_atomic
 
     paths = _walk(image)
-    found = ContinualLearner.load(model, device=device).predict(paths, top=top)
+    machine = Compute(device, precision=precision).start()
+    found = ContinualLearner.load(model, device=machine, exact_readouts=False).predict(paths, top=top)
     records = [as_document(prediction, unknown_below) for prediction in found]
     if out is not None:
         write_atomic(out, as_csv(records))

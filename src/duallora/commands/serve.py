@@ -24,6 +24,7 @@ def serve(
     token_file: Path | None = None,
     limits: Limits = Limits(),
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32",
 ) -> None:
     """Answer requests with images over HTTP; a new state of the model is picked up, none can be taught.
 
@@ -34,6 +35,7 @@ def serve(
         token_file: file with the token that requests have to carry
         limits: what a request may ask
         device: where to compute
+        precision: of the backbone; beside 32, an answer may depend on the other images of its batch
     """
     require_range("--port", port, 0, 65535)
     _require_libraries()
@@ -49,14 +51,16 @@ def serve(
 
     import uvicorn
 
+    from duallora.runtime.compute import Compute
     from duallora.runtime.ending import LastMoment, Terminated, watched
     from duallora.serving.app import create_app
     from duallora.serving.json_protocol import JsonProtocol
     from duallora.serving.listening import listening
     from duallora.serving.model_watch import ModelWatch
 
+    machine = Compute(device, precision=precision).start()
     with listening(host, port) as listener:
-        watch = ModelWatch(model, device, lambda text: console.line(f"duallora: {text}", stderr=True))
+        watch = ModelWatch(model, machine, lambda text: console.line(f"duallora: {text}", stderr=True))
         app = create_app(watch, limits, token, local=token is None)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address

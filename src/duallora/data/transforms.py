@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from duallora.backbones.backbone import BackboneInfo
 
 ImageLike = Image.Image | torch.Tensor | str | Path
+Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels, as Pillow has it."""
 
@@ -42,7 +42,7 @@ _RESAMPLING = {
 }
 
 
-def evaluation_transform(info: BackboneInfo) -> Callable[[ImageLike], torch.Tensor]:
+def evaluation_transform(info: BackboneInfo) -> EvaluationTransform:
     """The transform the backbone was evaluated with: resize, centre crop, normalise.
 
     The shorter side is resized to ``floor(size / crop_pct)``, as timm does.
@@ -56,7 +56,7 @@ def evaluation_transform(info: BackboneInfo) -> Callable[[ImageLike], torch.Tens
     Raises:
         DualLoRAError: the backbone's interpolation is unknown.
     """
-    return _Evaluation(info)
+    return EvaluationTransform(info)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Augmentation:
     policy: str = "crop,flip"
     seed: int = 0
     task: int = 0
-    _evaluation: _Evaluation = field(init=False, repr=False, compare=False)
+    _evaluation: EvaluationTransform = field(init=False, repr=False, compare=False)
     _smallest: float | None = field(init=False, repr=False, compare=False)
     _flip: bool = field(init=False, repr=False, compare=False)
 
@@ -88,12 +88,16 @@ class Augmentation:
         smallest, flip = _parts(self.policy)
         object.__setattr__(self, "_smallest", smallest)
         object.__setattr__(self, "_flip", flip)
-        object.__setattr__(self, "_evaluation", _Evaluation(self.info))
+        object.__setattr__(self, "_evaluation", EvaluationTransform(self.info))
 
     def __call__(self, image: ImageLike, epoch: int, index: int) -> torch.Tensor:
         """Gives the view of one sample in one epoch: float32, (3, height, width)."""
+        return self._evaluation.tensor(self.pixels(image, epoch, index))
+
+    def pixels(self, image: ImageLike, epoch: int, index: int) -> Pixels:
+        """The same view before normalisation: (height, width, 3)."""
         if self.policy == "none":
-            return self._evaluation(image)
+            return self._evaluation.pixels(image)
         picture = to_pil(image)
         # Seeding with text goes through a hash of it: neighbouring keys give unrelated draws.
         random = Random(f"{self.seed:d}/{self.task:d}/{epoch:d}/{index:d}")
@@ -102,7 +106,7 @@ class Augmentation:
             box = _random_box(picture.width, picture.height, self._smallest, random)
         mirror = self._flip and random.random() < 0.5
         if box is None:
-            return self._evaluation(ImageOps.mirror(picture) if mirror else picture)
+            return self._evaluation.pixels(ImageOps.mirror(picture) if mirror else picture)
         return self._evaluation.cut(picture, box, mirror=mirror)
 
 
@@ -128,7 +132,7 @@ def _parts(policy: str) -> tuple[float | None, bool]:
     return (shares[0] if shares else None), "flip" in others
 
 
-class _Evaluation:
+class EvaluationTransform:
     """Evaluation transform; a class because workers that are started afresh have to unpickle it."""
 
     def __init__(self, info: BackboneInfo) -> None:
@@ -148,10 +152,15 @@ class _Evaluation:
         self.scaled_width = max(self.width, math.floor(self.width / info.crop_pct))
         deviation = np.asarray(info.std, dtype=np.float64)
         # Bytes to normalised values in one multiplication and one addition.
-        self.scale = (1 / (255 * deviation)).astype(np.float32).reshape(3, 1, 1)
-        self.shift = (-np.asarray(info.mean) / deviation).astype(np.float32).reshape(3, 1, 1)
+        self.scale = (1 / (255 * deviation)).astype(np.float32)
+        self.shift = (-np.asarray(info.mean) / deviation).astype(np.float32)
 
     def __call__(self, image: ImageLike) -> torch.Tensor:
+        """Gives the view of an image: float32, (3, height, width)."""
+        return self.tensor(self.pixels(image))
+
+    def pixels(self, image: ImageLike) -> Pixels:
+        """The view before normalisation: (height, width, 3)."""
         picture = to_pil(image)
         width, height = picture.size
         if self.squash:
@@ -167,23 +176,36 @@ class _Evaluation:
             right, lower = left + self.width, upper + self.height
             box = (left * across, upper * down, min(right * across, width), min(lower * down, height))
             kept = picture.resize((self.width, self.height), self.resampling, box=box)
-            return self._to_tensor(np.asarray(kept))
+            return np.asarray(kept)
         if size != picture.size:
             picture = picture.resize(size, self.resampling)
         if size != (self.width, self.height):
             picture = picture.crop((left, upper, left + self.width, upper + self.height))
-        return self._to_tensor(np.asarray(picture))
+        return np.asarray(picture)
 
-    def cut(self, picture: Image.Image, box: Box, *, mirror: bool) -> torch.Tensor:
-        """Resizes a part of an image to the input size."""
+    def cut(self, picture: Image.Image, box: Box, *, mirror: bool) -> Pixels:
+        """Resizes a part of an image to the input size: (height, width, 3)."""
         pixels = np.asarray(picture.resize((self.width, self.height), self.resampling, box=box))
-        return self._to_tensor(pixels[:, ::-1] if mirror else pixels)
+        return pixels[:, ::-1] if mirror else pixels
 
-    def _to_tensor(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-        values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
-        values *= self.scale
-        values += self.shift
-        return torch.from_numpy(values)
+    def tensor(self, pixels: Pixels) -> torch.Tensor:
+        """Normalised values, float32 (3, height, width), of a view (height, width, 3)."""
+        return self.normalized(torch.from_numpy(np.array(pixels)[None]))[0]
+
+    def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised values, float32 (n, 3, height, width), of views (n, height, width, 3), uint8."""
+        if pixels.device.type == "cpu":
+            # In one thread: those of torch would wait for each other where others have the cores.
+            array = pixels.numpy().transpose(0, 3, 1, 2).astype(np.float32, order="C")
+            for channel, (scale, shift) in enumerate(zip(self.scale, self.shift, strict=True)):
+                array[:, channel] *= scale
+                array[:, channel] += shift
+            return torch.from_numpy(array)
+        values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        # Numbers, not tensors of them: those would be sent to the GPU, which had to be waited for.
+        for channel, (scale, shift) in enumerate(zip(self.scale, self.shift, strict=True)):
+            values[:, channel].mul_(float(scale)).add_(float(shift))
+        return values
 
 
 def _random_box(width: int, height: int, share: float, random: Random) -> Box:

@@ -30,8 +30,7 @@ from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
 from duallora.storage.documents import percent
-from duallora.streams import Stream, Task, TaskDataset
-from duallora.streams.image_cache import Memory, keeping
+from duallora.streams import Stream, TaskDataset
 
 
 def run_stream(
@@ -90,9 +89,12 @@ def run_stream(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         learner, rows = _start(fresh, backbone, directory, stream, machine, progress, features)
-        memory = Memory(machine.image_bytes // 2)  # the other half is for the task at hand
-        tests = [keeping(t.test, memory, machine.workers, parallel.share(len(t.test))) for t in stream]
-        _learn(learner, stream, tests, rows, directory, progress, machine, evaluate_every)
+        tests = [task.test for task in stream]
+        held.callback(learner.loader.close)
+        for test in tests:  # looked at after every task, and kept as it is seen
+            reading = learner.loader.reading(test, learner.preprocess, keep="views", region="run")
+            held.enter_context(reading)
+        _learn(learner, stream, tests, rows, directory, progress, evaluate_every)
         final = _final_pass(learner, tests, directory, progress)
         rows.append(final.row)
         with parallel.failing_together():
@@ -149,14 +151,13 @@ def _learn(
     rows: list[Row],
     directory: RunDirectory,
     progress: Progress,
-    machine: Machine,
     evaluate_every: int,
 ) -> None:
     """Learns what is left of the stream and appends the missing rows, but for the last."""
     first = parallel.rank() == 0
     for t, task in enumerate(stream):
         if t >= len(learner.tasks):
-            _learn_task(learner, task, machine)
+            learner.learn(task.train, name=task.name)
             with parallel.failing_together():
                 if first:
                     learner.save(directory.model)
@@ -168,13 +169,6 @@ def _learn(
                 if first:
                     directory.finish_task(rows, features)
                     _tell(stream, rows, directory, progress)
-
-
-def _learn_task(learner: ContinualLearner, task: Task, machine: Machine) -> None:
-    """Learns a task; its decoded images are gone at the end, before there are those of the next."""
-    memory = Memory(machine.image_bytes // 2)
-    images = keeping(task.train, memory, machine.workers, parallel.own_first(len(task.train)))
-    learner.learn(images, name=task.name)
 
 
 def _evaluate(

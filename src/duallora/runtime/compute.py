@@ -36,9 +36,10 @@ class Compute:
         precision: auto is bf16-mixed where the device computes in it, else 32
         accumulate: pieces that a batch is computed in, one after another; for batches that do not fit
         compile: compile the backbone with torch.compile
-        workers: processes that decode images; where it is not given, up to 8 beside a GPU and none else
-        image_memory: share of the memory of the machine, or of its container or job, for decoded images,
-            which are read from disk once
+        workers: processes that prepare images, where that is worth it; where it is not given, one a core, at
+            most 16
+        image_memory: share of the memory of the machine, or of its container or job, for prepared images,
+            which are decoded once
     """
 
     device: Device = "auto"
@@ -154,14 +155,14 @@ class Machine:
 
     @property
     def workers(self) -> int:
-        """Processes that decode images for this one: on a CPU they would compete with the model for cores."""
+        """Most processes that prepare images for this one."""
         if self.compute.workers is not None:
             return self.compute.workers
-        return min(8, (os.cpu_count() or 1) // self._neighbours) if self.device.type == "cuda" else 0
+        return min(16, (os.cpu_count() or 1) // self._neighbours)
 
     @property
     def image_bytes(self) -> int:
-        """Memory for decoded images of this process."""
+        """Memory for prepared images of this process."""
         if not hasattr(os, "sysconf"):  # Windows does not say
             return 2**30
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

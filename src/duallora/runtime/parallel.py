@@ -40,12 +40,6 @@ def block(total: int, part: int, parts: int) -> range:
     return range(total * part // parts, total * (part + 1) // parts)
 
 
-def own_first(total: int) -> list[int]:
-    """All positions, those that are this process's before the others'."""
-    own = share(total)
-    return [*own, *range(own.start), *range(own.stop, total)]
-
-
 def require_enough(total: int, what: str) -> None:
     """Refuses fewer images than processes: one without an image could say nothing about shapes.
 

@@ -42,14 +42,19 @@ class ServedModel:
     about: dict[str, Any]
 
     @classmethod
-    def load(cls, folder: Path, machine: Machine) -> ServedModel:
+    def load(cls, folder: Path, machine: Machine, exact_readouts: bool = True) -> ServedModel:
         """Reads the current generation, and asks it once.
+
+        Args:
+            folder: of the saved model.
+            machine: where it answers.
+            exact_readouts: as for :class:`ContinualLearner`.
 
         Raises:
             DualLoRAError: it is missing, damaged, has learned nothing, or answers with what is no number.
         """
         manifest, tensors = checkpoint.read(folder)
-        learner = ContinualLearner.restored(folder, manifest, tensors, machine)
+        learner = ContinualLearner.restored(folder, manifest, tensors, machine, exact_readouts=exact_readouts)
         model = cls(manifest["weights"], learner, description(folder, manifest, tensors))
         height, width = learner.backbone.info.input_size[1:]
         grey = model.preprocess(Image.new("RGB", (width, height), "grey"))
@@ -86,7 +91,7 @@ class ModelWatch:
 
     Args:
         folder: of the saved model.
-        device: where to compute.
+        device: where to compute; a machine answers in its own precision, a device by its name in fp32.
         tell: gets a line for every generation that is taken or refused.
         interval: seconds between two looks.
 
@@ -103,14 +108,15 @@ class ModelWatch:
     def __init__(
         self,
         folder: Path,
-        device: str = "auto",
+        device: str | Machine = "auto",
         tell: Callable[[str], None] = lambda line: None,
         interval: float = 1.0,
     ) -> None:
         self.folder, self.tell, self.interval = folder, tell, interval
+        self._exact = isinstance(device, str)
         self.machine = Machine.of(device)
         self._seen = signature(self.folder)
-        self.current = ServedModel.load(folder, self.machine)
+        self.current = ServedModel.load(folder, self.machine, self._exact)
         self.refused: str | None = None
         self.taken = self.refusals = 0
         self._retry = 0.0
@@ -139,7 +145,7 @@ class ModelWatch:
         self._seen = found
         try:
             if checkpoint.read_manifest(self.folder)["weights"] != self.current.generation:
-                self.current = ServedModel.load(self.folder, self.machine)
+                self.current = ServedModel.load(self.folder, self.machine, self._exact)
                 self.taken += 1
                 self.tell(f"now serving {self.current.generation}")
             self.refused = None

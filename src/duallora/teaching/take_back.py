@@ -20,7 +20,7 @@ from duallora.streams.names import normal
 from duallora.streams.task import as_task_dataset, positions_by_class
 from duallora.teaching.measure import Measured
 from duallora.teaching.training_images import present
-from duallora.training import EVALUATION_BATCH, batches, chunked
+from duallora.training import batches, evaluated
 
 if TYPE_CHECKING:
     from duallora.classifiers.class_statistics import ClassStatistics
@@ -115,14 +115,10 @@ def relearned(learner: ContinualLearner, data: TaskDataset) -> Tensor:
     Returns:
         The share of images of every class of ``data`` that are recognised (C,), fp64.
     """
-    chunks = chunked(range(len(data)), EVALUATION_BATCH)
-    view = partial(_evaluation_view, learner)
-    features, labels = learner.method.observe(partial(batches, data, view, learner.machine, chunks))
+    with learner.loader.reading(data, learner.preprocess) as source:
+        asked = partial(batches, learner.loader, source, data, evaluated(range(len(data))), len(data))
+        features, labels = learner.method.observe(asked)
     return _recognised(learner.method.rows, features, labels, len(data.classes))
-
-
-def _evaluation_view(learner: ContinualLearner, image: object, _: int) -> Tensor:
-    return learner.preprocess(image)
 
 
 @torch.no_grad()
