@@ -90,15 +90,20 @@ def picture(runs: Runs, out: Path) -> None:
     streams = [s for s in STREAMS[:3] if ("joint", s) in runs and ("frozen", s) in runs]
     if not streams:
         return
-    names = [n for n in LINES if n not in ("frozen", "joint")]
+    shown = {name for name, stream in runs if stream in streams} - {"frozen", "joint"}
+    names = [name for name in LINES if name in shown]
     figure, axis = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    labelled: set[str] = set()
     for number, name in enumerate(names):
         for column, stream in enumerate(streams):
             found = [room(runs, name, stream, seed) for seed in runs.get((name, stream), {})]
             values = [x for x in found if x is not None]
             if values:
-                axis.bar(column + 0.13 * number, max(statistics.mean(values), -1.0), 0.12, color=f"C{number}")
-        axis.bar(0, 0, color=f"C{number}", label=name)
+                height = max(statistics.mean(values), -1.0)
+                bars = axis.bar(column + 0.13 * number, height, 0.12, color=f"C{number}")
+                if name not in labelled:
+                    bars.set_label(name)
+                    labelled.add(name)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axhline(1, color="grey", linestyle=":")
     axis.set_xticks([c + 0.13 * (len(names) - 1) / 2 for c in range(len(streams))], streams)

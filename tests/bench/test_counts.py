@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 
 CLASSES, TASKS = 10, (1, 10, 50)
 CONFIGS = {
-    "none": DualLoRAConfig(),
-    "own": DualLoRAConfig(rank=10, residual="own", residual_rank=10),
+    "none": DualLoRAConfig(residual="none", projections="kv"),
+    "own": DualLoRAConfig(rank=10, residual="own", residual_rank=10, known_domain=2, projections="kv"),
 }
 
 
@@ -81,7 +81,7 @@ def test_operations_of_a_prediction(kind: str, tasks: int) -> None:
     learner, backbone = simulated(kind, tasks), weights()
     rows, width, tokens, dim, layers = tasks * CLASSES, backbone.row_dim, 65, backbone.dim, 4
     expected = per_image(backbone)
-    expected += 2 * width * rows  # heads
+    expected += 2 * 2 * width * rows  # heads, and how they began
     expected += 2 * width**2 + 2 * width * rows  # whitening once, scores once
     if kind == "own":
         columns = 10 * (tasks if tasks <= 10 else 4)  # all side by side, or those of the four strongest tasks

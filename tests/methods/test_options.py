@@ -60,6 +60,7 @@ CASES: list[Case] = [
     ({}, {"learning_rate": 1e-2}, EVERYTHING),
     ({}, {"head_learning_rate": 1e-2}, EVERYTHING),
     ({}, {"epochs": 2}, EVERYTHING),
+    ({}, {"min_steps": 5}, EVERYTHING),
     ({}, {"batch_size": 5}, EVERYTHING),
     ({}, {"optimizer": "adamw"}, ()),
     ({"optimizer": "adamw"}, {"weight_decay": 0.5}, EVERYTHING),
@@ -358,7 +359,7 @@ def test_valid_limits_are_accepted() -> None:
     DualLoRAConfig(energy_threshold=1, tau=0, first_adapted_layer=None, top_tasks=1)
     RanPACConfig(ridge=None, random_features=1)
     DualLoRAConfig(first_adapted_layer=0, residual="own", gate="off")
-    DualLoRAConfig(first_adapted_layer=0)  # no residual adapter, nothing for a gate to read
+    DualLoRAConfig(first_adapted_layer=0, residual="none")  # nothing for a gate to read
     DualLoRAConfig(learning_rate=1, tau=1)  # an int where a float is meant
     RanPACConfig(ridge=1)
 

@@ -60,7 +60,7 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
     head_learning_rate: float = 1e-3
-    projections: Literal["kv", "qv", "qkv"] = "qkv"
+    projections: Literal["qkv", "kv", "qv"] = "qkv"
     residual_rank: int = 48
     moments: Literal["tokens", "class_token"] = "tokens"
     energy_threshold: float = 0.95
