@@ -411,9 +411,11 @@ def test_training_leaves_each_image_out_of_its_own_row() -> None:
     inverse = torch.linalg.inv(sigma)
     for i, index in enumerate(batch.indices.tolist()):
         f, label = f0[index].double(), int(data.labels[index])
-        means = moments.mean.clone()
         others = [f0[j].double() for j in range(6) if data.labels[j] == label and j != index]
-        means[2 + label] = torch.stack(others).mean(0)
+        means, count, centre = moments.mean.clone(), moments.count.clone(), moments.mean.mean(0)
+        means[2 + label], count[2 + label] = torch.stack(others).mean(0), len(others)
+        # Rows of few images count with a share of their distance from the centre.
+        means = centre + rows.shares(count.float())[:, None] * (means - centre)
         scores = torch.stack([f @ inverse @ mu - mu @ inverse @ mu / 2 for mu in means])
         q = (rows.kappa * scores).softmax(0)
         near(found[i], torch.stack([q[:2].sum(), q[2:].sum()]), atol=1e-3, rtol=1e-3)

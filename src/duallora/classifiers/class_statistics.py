@@ -242,8 +242,8 @@ class ClassStatistics(Learned):
     def posterior_and_familiarity(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`log_q` (n, R) and :meth:`familiarity` (n,), from one look at the features."""
         z = self.whitened(f)
-        log_q = (self.kappa * self._gaussian.scores(z)).log_softmax(1)
-        return log_q, self._familiarity(*self._gaussian.nearest(z))
+        scores, nearest = self._gaussian.scores_and_nearest(z)
+        return (self.kappa * scores).log_softmax(1), self._familiarity(*nearest)
 
     def familiarity(self, f: Tensor) -> Tensor:
         """``sigmoid((q95 - m) / s)`` (n,), q95 and s of the nearest row's task."""

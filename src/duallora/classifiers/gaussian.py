@@ -66,8 +66,9 @@ class SharedGaussian:
             self._between = spread_of_means(nu.cpu(), count, self._trace)
         self.nu, self.map = nu.float().to(device), inverse.float().to(device)
         self.centre, self.count = centre.float().to(device), count.float().to(device)
-        share = self.shares(self.count)[:, None]
-        self.counted = share * self.nu
+        self._most = float(self.count.max()) if len(self.count) else 0.0  # here once: a GPU would wait for it
+        self._share = self.shares(self.count)
+        self.counted = self._share[:, None] * self.nu
         self._half = self.nu.square().sum(1) / 2
         self._counted_half = self.counted.square().sum(1) / 2
 
@@ -75,7 +76,7 @@ class SharedGaussian:
         """Share of ``nu`` that scores take of rows with so many images each (k,), beside these rows."""
         if not self._shrinks or not len(self.count):
             return torch.ones_like(count)
-        return shares(count, float(self.count.max()), self._between, self._trace)
+        return shares(count, self._most, self._between, self._trace)
 
     def whitened(self, f: Tensor) -> Tensor:
         """Features (n, d) in the coordinates ``z`` of this module, around the mean of the row means."""
@@ -84,7 +85,7 @@ class SharedGaussian:
 
     def scores(self, z: Tensor, own: Own | None = None) -> Tensor:
         """Row scores ``s`` (n, R) up to a constant per image, for features in whitened coordinates (n, d)."""
-        scores: Tensor = z @ self.counted.T - self._counted_half
+        scores = self._scored(z @ self.nu.T)
         if own is None:
             return scores
         share = self.shares(self.count[own.row] - 1)
@@ -92,10 +93,23 @@ class SharedGaussian:
 
     def nearest(self, z: Tensor, own: Own | None = None) -> tuple[Tensor, Tensor]:
         """Smallest Mahalanobis distance to a mean (n,) and the row it belongs to (n,)."""
-        products: Tensor = z @ self.nu.T - self._half
-        if own is not None:
-            products = self._without_own(products, z, own, self._left_out(own))
-        best, row = (z.square().sum(1, keepdim=True) - 2 * products).min(1)
+        products: Tensor = z @ self.nu.T
+        if own is None:
+            return self._nearest(z, products - self._half)
+        return self._nearest(z, self._without_own(products - self._half, z, own, self._left_out(own)))
+
+    def scores_and_nearest(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """:meth:`scores` and :meth:`nearest` from one product with the means."""
+        products = z @ self.nu.T
+        return self._scored(products), self._nearest(z, products - self._half)
+
+    def _scored(self, products: Tensor) -> Tensor:
+        scores: Tensor = self._share * products - self._counted_half
+        return scores
+
+    @staticmethod
+    def _nearest(z: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        best, row = (z.square().sum(1, keepdim=True) - 2 * scores).min(1)
         return best.clamp(min=0).sqrt(), row
 
     def _without_own(self, scores: Tensor, z: Tensor, own: Own, nu: Tensor) -> Tensor:
