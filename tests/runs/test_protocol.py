@@ -351,4 +351,5 @@ def test_the_real_learner_in_miniature(tmp_path, monkeypatch):
     assert predictions[0] == predictions[1]
     assert whole["final_accuracy"] > 1.5 / 6
     assert whole["inference"]["forward_passes_per_image"] == 1
-    assert all(task["orthogonal_norm"] > 0 for task in whole["tasks"])
+    # The digits are one domain: its first task alone trains adapters.
+    assert [task["orthogonal_norm"] > 0 for task in whole["tasks"]] == [True, False, False]
