@@ -35,11 +35,13 @@ from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
-from duallora.methods.head_starts import LEADER_RATE
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
+
+LEADER_RATE = 5.0
+"""Learning rate of a head that leads a training over that of heads that begin as their rows' classifiers."""
 
 
 class Method:

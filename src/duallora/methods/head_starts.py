@@ -14,9 +14,6 @@ from duallora.methods.interface import TaskInfo
 if TYPE_CHECKING:
     from duallora.methods.base import Method
 
-LEADER_RATE = 5.0
-"""Learning rate of :func:`lead`'s head over that of heads that begin as classifiers of their rows."""
-
 
 @torch.no_grad()
 def imprint(method: Method, task: TaskInfo, features: Tensor, labels: Tensor) -> None:
