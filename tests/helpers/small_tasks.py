@@ -71,7 +71,6 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
         "residual": "next",
         "residual_rank": 4,
         "known_domain": 2.0,
-        "projections": "kv",
         "energy_threshold": 0.7,
         "learning_rate": 2e-2,
         "random_features": 48,
@@ -79,6 +78,8 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
         "samples": 16,
         "refit_epochs": 8,
     }
+    if name == "duallora":  # as narrow as the others' updates
+        small["projections"] = "kv"
     known = {field.name for field in fields(config)}
     return config(**({k: v for k, v in small.items() if k in known} | changes))
 
