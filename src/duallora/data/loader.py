@@ -99,7 +99,7 @@ class ImageLoader:
         """
         mine = self._passing.acquire(blocking=False)
         try:
-            for pixels in self._views(source, iter(chunks), total if mine else 0):
+            for pixels in self._views(source, iter(chunks), total if mine else None):
                 yield source.evaluation.normalized(pixels.to(self.device, non_blocking=True))
         finally:
             if mine:
@@ -155,8 +155,11 @@ class ImageLoader:
 
     # -- one pass --------------------------------------------------------------------------------------------
 
-    def _views(self, source: Source, chunks: Iterator[Chunk], total: int) -> Iterator[Tensor]:
-        """Views (B, height, width, 3) of the chunks, made here until workers are known to be worth it."""
+    def _views(self, source: Source, chunks: Iterator[Chunk], total: int | None) -> Iterator[Tensor]:
+        """Views (B, height, width, 3) of the chunks, made here until workers are known to be worth it.
+
+        Without a total it is a pass that may have no workers: another one has them.
+        """
         last, done = math.inf, 0
         for chunk in chunks:
             pixels = self._empty(source, chunk)
@@ -166,7 +169,8 @@ class ImageLoader:
                 took, done = time.perf_counter() - start, done + 1
                 # The first image takes longer than others: its decoder is imported.
                 seconds, last = min(took, last), took
-                if self._count and done > 1 and self._worth(seconds, total - done):
+                workers = self._count if total is not None and done > 1 else 0
+                if workers and self._worth(seconds, (total or 0) - done):
                     yield from self._ahead(source, chunk, row + 1, pixels, chunks, seconds)
                     return
             yield pixels
