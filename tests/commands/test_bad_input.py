@@ -323,7 +323,7 @@ def test_a_missing_weight_file(model: Path, refused: Refused) -> None:
         ("--method lora", ["--method duallora, not lora"]),
         ("--method lora --method.rank 10", ["--method duallora, not lora"]),
         ("--method.rank 5", ["--method.rank 20, not 5"]),
-        ("--method.residual own --epochs 2", ["--method.residual none, not own"]),
+        ("--method.residual next --epochs 2", ["--method.residual own, not next"]),
         ("--backbone vit_base_patch16_224.augreg_in21k", ["--backbone tiny-vit, not vit_base"]),
         ("--backbone-file pets/cat/000.png", ["sha256", "pets/cat/000.png has"]),
         ("--backbone-file nowhere", ["nowhere cannot be read"]),
