@@ -88,7 +88,8 @@ def _training(entry: Entry) -> str:
         "step": "a tenth of the rate in the last fifth",
     }[fields.get("schedule", "cosine")]
     decay = f", weight decay {fields['weight_decay']}" if fields.get("weight_decay") else ""
-    passes = f"{fields['epochs']} epochs, batches of {fields['batch_size']}"
+    least = f", at least {fields['min_steps']} steps" if fields.get("min_steps") else ""
+    passes = f"{fields['epochs']} epochs{least}, batches of {fields['batch_size']}"
     return f"{passes}, {kind}, {fall}{decay}, heads at {fields['head_learning_rate']}"
 
 

@@ -53,7 +53,8 @@ def test_a_comparison_leaves_runs_and_one_page_about_all_lines(finished: Path) -
         text = (out / page).read_text()
         for part in ("lora-x", "joint (all data at once)", "2 tasks", "4 classes", "24 training", "12 test"):
             assert part in text, (page, part)
-        assert "one budget for all: 1 epochs, batches of 32" in text
+        assert "training: 1 epochs, batches of 32" in text
+        assert "heads at 0.001 (joint)" in text, "its head begins as the classifier of its rows"
         assert "rank 20, layers from 1 on" in text and "nothing is trained: ncm" in text
         assert ", precision " in text
 
