@@ -44,9 +44,15 @@ def told(names: Sequence[str], same_budget: bool) -> list[str]:
 def test_one_budget_says_what_of_it_a_method_has() -> None:
     names = ["duallora", "lora", "duallora-paper", "l2p", "slca", "frozen", "ncm", "ranpac"]
     found = told(names, same_budget=True)
-    assert found[0] == "one budget for all: 4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005"
+    steps = "4 epochs, batches of 32, Adam, cosine to zero"
+    # Heads that begin as classifiers of their rows go on at a fifth of the rate.
+    assert found[0] == (
+        f"training: {steps}, heads at 0.001 (duallora, duallora-paper, frozen); "
+        f"{steps}, heads at 0.005 (lora, l2p, slca)"
+    )
     assert found[1] == (
-        "beside the heads: what is adapted at 0.002, rank 20, layers from 1 on (duallora, lora); "
+        "beside the heads: what is adapted at 0.002, rank 20 + 48, layers from 1 on (duallora); "
+        "what is adapted at 0.002, rank 20, layers from 1 on (lora); "
         "what is adapted at 0.002, rank 10 + 10, layers from 1 on (duallora-paper); "
         "what is adapted at 0.002 (l2p); the whole backbone at 5e-05 (slca); nothing (frozen)"
     )
@@ -55,6 +61,8 @@ def test_one_budget_says_what_of_it_a_method_has() -> None:
         "run on: cpu (x), 1 threads, torch 2; cpu (x), 1 threads, torch 2, precision bf16-mixed"
     )
     assert "budgets differ" not in " ".join(found)
+    alike = told(["lora", "o-lora"], same_budget=True)
+    assert alike[0] == f"one budget for all: {steps}, heads at 0.005"
     assert told(["lora"], same_budget=True)[1] == (
         "beside the heads: what is adapted at 0.002, rank 20, layers from 1 on"
     )
@@ -67,7 +75,8 @@ def test_the_values_of_papers_are_told_line_by_line() -> None:
         "training: 50 epochs, batches of 128, SGD, a tenth of the rate in the last fifth, "
         "weight decay 0.0005, heads at 0.01 (slca); "
         "20 epochs, batches of 128, SGD, constant rates, heads at 0.008 (sd-lora); "
-        "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005 (lora, joint)"
+        "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005 (lora); "
+        "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.001 (joint)"
     )
     assert found[1] == (
         "beside the heads: the whole backbone at 0.0001 (slca); "
@@ -76,7 +85,7 @@ def test_the_values_of_papers_are_told_line_by_line() -> None:
     )
     assert "budgets differ (--same-budget gives one to all)" in found[2]
     assert "the defaults of the package: lora, joint; joint is no upper bound" in found[2]
-    assert "budgets differ" not in " ".join(told(["lora", "joint"], same_budget=False))
+    assert "budgets differ" not in " ".join(told(["lora", "linear"], same_budget=False))
 
 
 # -- the list of methods ------------------------------------------------------------------------------------
