@@ -175,10 +175,11 @@ def _train(
                 with _enough_memory(config.batch_size):
                     try:
                         _gradients(method, fabric, optimizer, drawn)
-                    # Of the way back, where what a backend raises comes as it is; the backbone sees to the way
-                    # there. A fault of another kind comes again without the compiler.
-                    except (*compiler_errors(), RuntimeError) as error:
-                        if not method.backbone.compiled or is_low_memory(error):
+                    # Of the way back, where a backend's own error comes as it is; the backbone sees to the
+                    # way there. A fault of another kind comes again without the compiler.
+                    except Exception as error:
+                        failed = isinstance(error, (*compiler_errors(), RuntimeError))
+                        if not failed or not method.backbone.compiled or is_low_memory(error):
                             raise
                         method.backbone.leave_uncompiled(error)
                         _gradients(method, fabric, optimizer, drawn)
