@@ -12,6 +12,7 @@ from rich.console import Console
 from small_tasks import (
     Patterns,
     assert_same_state,
+    learned,
     new_learner,
     reloaded,
     small_config,
@@ -32,10 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 @pytest.fixture(scope="module")
 def learner() -> ContinualLearner:
     """Has learned three tasks; the tests only read it."""
-    made = new_learner(small_config(epochs=4, learning_rate=2e-3))
-    for task in three_tasks():
-        made.learn(task)
-    return made
+    return learned("duallora", epochs=4, learning_rate=2e-3)
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:

@@ -10,6 +10,7 @@ from small_tasks import (
     Patterns,
     assert_same_outputs,
     assert_same_state,
+    learned,
     new_learner,
     small_config,
     three_tasks,
@@ -28,10 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 @pytest.fixture(scope="module")
 def learner() -> ContinualLearner:
     """Has learned three tasks; the tests only read it."""
-    made = new_learner(small_config(epochs=4, learning_rate=2e-3))
-    for task in three_tasks():
-        made.learn(task)
-    return made
+    return learned("duallora", epochs=4, learning_rate=2e-3)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from duallora.backbones.backbone import Backbone, BackboneInfo, load_backbone
+from duallora.backbones.compiling import uncompiled
 from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.data.asked import asked
 from duallora.data.loader import ImageLoader
@@ -381,7 +382,7 @@ class ContinualLearner:
     def _try_out(self) -> None:
         """Looks at a grey image: tensors whose shapes do not fit each other fail now, not at an answer."""
         if self.tasks:
-            with torch.compiler.set_stance("force_eager"):  # compiling takes minutes, and this one pass none
+            with uncompiled():  # compiling takes minutes, and this one pass none
                 self.outputs_of([torch.zeros(1, *self.backbone.info.input_size)])
 
     def _add(self, record: TaskRecord) -> None:

@@ -178,8 +178,9 @@ def _train(
                     # Of the way back, where a backend's own error comes as it is; the backbone sees to the
                     # way there. A fault of another kind comes again without the compiler.
                     except Exception as error:
-                        failed = isinstance(error, (*compiler_errors(), RuntimeError))
-                        if not failed or not method.backbone.compiled or is_low_memory(error):
+                        if not method.backbone.compiled or is_low_memory(error):
+                            raise
+                        if not isinstance(error, (*compiler_errors(), RuntimeError)):
                             raise
                         method.backbone.leave_uncompiled(error)
                         _gradients(method, fabric, optimizer, drawn)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import IMAGE, tiny_backbone
+from tiny import IMAGE, tiny_backbone, tiny_images
 from torch.utils.data import Dataset
 
 from duallora import METHODS, ContinualLearner, DualLoRAConfig, MethodConfig
@@ -105,6 +105,18 @@ def learned(
     for task in taught(name, three_tasks() if tasks is None else tasks):
         learner.learn(task)
     return learner
+
+
+def assert_carried(name: str, family: str) -> None:
+    """The method changes the features of a backbone family, and all of them are numbers."""
+    learner = new_learner(small_config(name), family=family)
+    images = tiny_images()
+    bare = learner.method.extract(images)
+    for task in three_tasks()[:2]:
+        learner.learn(task)
+    found = learner.method.extract(images).detach()
+    assert found.shape == bare.shape and bool(found.isfinite().all())
+    assert float((found - bare).abs().max()) > 1e-3
 
 
 def reloaded(learner: ContinualLearner, folder: Path, **backbone: Any) -> ContinualLearner:

@@ -6,10 +6,9 @@ of rows.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]
@@ -21,6 +20,7 @@ from duallora.runtime import parallel
 
 if TYPE_CHECKING:
     from duallora.backbones.backbone import Backbone
+from duallora.backbones.compiling import uncompiled
 
 
 class Moment:
@@ -120,13 +120,6 @@ def _check_attentions(attentions: Mapping[int, nn.Module], kind: str, name: str)
         )
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Inside, compiled models run as they are written: what was compiled does not notice new hooks."""
-    # Nothing can have been compiled before this module is there, and importing it takes seconds.
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
 @contextmanager
 def gather_moments(
     adapted: Mapping[int, AdaptedQKV], attentions: Mapping[int, nn.Module], reader: TokenReader, kind: str
@@ -169,7 +162,7 @@ def gather_moments(
 
     handles = [hook(layer) for layer in adapted]
     try:
-        with _uncompiled():
+        with uncompiled():
             yield moments
     finally:
         for handle in handles:

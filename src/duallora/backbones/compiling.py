@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,13 @@ def any_batch(images: Tensor) -> None:
         images: that the compiled code is about to get (B, 3, H, W).
     """
     torch._dynamo.maybe_mark_dynamic(images, 0)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside, compiled models run as they are written: what was compiled does not notice new hooks."""
+    # Nothing can have been compiled before this module is there, and importing it takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -169,8 +169,9 @@ class ImageLoader:
                 took, done = time.perf_counter() - start, done + 1
                 # The first image takes longer than others: its decoder is imported.
                 seconds, last = min(took, last), took
-                workers = self._count if total is not None and done > 1 else 0
-                if workers and self._worth(seconds, (total or 0) - done):
+                if total is None or not self._count or done < 2:
+                    continue
+                if self._worth(seconds, total - done):
                     yield from self._ahead(source, chunk, row + 1, pixels, chunks, seconds)
                     return
             yield pixels

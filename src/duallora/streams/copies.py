@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-_CHUNK = 1 << 20
+from duallora.errors import DualLoRAError
+from duallora.storage.atomic import sha256_of
 
 
 def warn_of_copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> None:
@@ -38,7 +38,7 @@ def copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> list[tu
     for path in dict.fromkeys(train):
         if path is not None and (size := _size(path)):
             sizes[size].append(path)
-    digests: dict[int, dict[bytes, Path]] = {}
+    digests: dict[int, dict[str, Path]] = {}
     found = []
     for path in dict.fromkeys(test):
         size = 0 if path is None else _size(path)
@@ -59,12 +59,8 @@ def _size(path: Path) -> int:
         return 0  # whoever reads it says so
 
 
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
+def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError:
-        return os.urandom(32)  # is like no other
-    return digest.digest()
+        return sha256_of(path)
+    except (DualLoRAError, OSError):
+        return os.urandom(32).hex()  # is like no other
