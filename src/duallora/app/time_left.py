@@ -25,7 +25,7 @@ class TimeLeft:
         return self.clock() - self.started
 
     def seconds(self, share: float) -> float | None:
-        """Seconds that are left, all steps taking as long as those done; None while that is not known, and at the end.
+        """Seconds that are left if all steps take as long; None while that is not known, and at the end.
 
         Args:
             share: of the steps that are done, from 0 to 1.
