@@ -126,6 +126,8 @@ def attempt(page: Page, address: str, images: Path) -> None:
     page.get_by_role("tab", name="Try").click()
     page.locator("#picture input[type=file]").set_input_files(str(images / "nine" / "nine-14.png"))
     expect(page.locator("#answer")).to_contain_text("Familiarity")
+    page.get_by_role("button", name="Show why").click()
+    expect(page.locator("#why")).to_contain_text("Bright parts")
     some = [images / name / f"{name}-1{number}.png" for number, name in enumerate(("one", "two", "four"))]
     page.locator("#try-images input[type=file]").set_input_files([str(path) for path in some])
     expect(page.locator("#try-images .field-said")).to_contain_text("ready")
