@@ -113,7 +113,7 @@ class SoRA(Method):
             return  # nothing will be trained
         images = int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))
         epochs = epochs_for(self.config, images)
-        self.step, self.steps = 0, epochs * math.ceil(images / self.config.batch_size)
+        self.step, self.steps = 0, epochs * math.ceil(images / self.config.step_images)
         generator = self.generator(task.index, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator)
