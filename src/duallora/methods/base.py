@@ -166,7 +166,6 @@ class Method:
         features: Tensor = self.backbone(images)
         return features
 
-    @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the bare backbone, fp32, from the cache where it has all the images.
 
@@ -250,6 +249,10 @@ class Method:
 
     @torch.no_grad()
     def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
+        """As :meth:`readouts`, without gradients."""
+        return self.readouts(images, cached=cached)
+
+    def readouts(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
