@@ -3,8 +3,8 @@
     python tools/readme_picture.py               # docs/images/three-lessons.svg, about a minute
 
 What the picture says is measured: after each lesson, the first lesson's images that were not taught are
-answered among all classes learned so far. DualLoRA at its defaults is drawn beside LoRA without protection, both on
-the embedded backbone with seed 0.
+answered among all classes learned so far. DualLoRA at its defaults is drawn beside LoRA without protection,
+both on the embedded backbone with seed 0.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 include_patterns = [
     "*.md", "docs/**.md", "docs/**.rst", "results/**.md", "src/duallora/weights/*.md"
 ]  # fmt: skip
-exclude_patterns = ["NOTE*", ".*", "build", "tests", "runs", "src/**/configs"]
+exclude_patterns = [".*", "build", "data", "runs", "tests"]
 
 # Links to headings are those of GitHub.
 myst_heading_anchors = 4
@@ -28,7 +28,8 @@ myst_heading_anchors = 4
 suppress_warnings = ["toc.not_included", "myst.header"]
 nitpicky = True
 # Types of other libraries: their references are not here, and a build reaches for no network.
-nitpick_ignore_regex = [(r"py:.*", r"(torch|PIL|numpy|np|collections|pathlib|typing|nn|timm|Tensor)\b.*")]
+_OTHERS = "torch|nn|Tensor|Fabric|timm|PIL|numpy|np|rich|collections|contextlib|pathlib|typing|T"
+nitpick_ignore_regex = [(r"py:.*", rf"(duallora\.runtime\.progress\.T|{_OTHERS})\b.*")]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -40,6 +41,7 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "duallora"
+html_extra_path = ["index.html"]  # the front door leads to the root document
 html_copy_source = False
 html_show_copyright = False
 html_theme_options = {
