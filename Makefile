@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 OUT ?= $(shell out=runs/digits; n=1; while [ -e $$out/results.json ]; do \
 	n=$$((n + 1)); out=runs/digits-$$n; done; echo $$out)
 
-# Two files of tests at a time; a file's tests stay together, because they share what one of them has learned.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two files of tests at a time, those that take longest first; a file's tests stay together, because they share
+# what one of them has learned.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 SITE := build/site
 
