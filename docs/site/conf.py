@@ -26,6 +26,7 @@ exclude_patterns = [".*", "build", "data", "runs", "tests"]
 myst_heading_anchors = 4
 # Tables of results are reached from the pages that explain them, and have headings of their own.
 suppress_warnings = ["toc.not_included", "myst.header"]
+highlight_language = "none"  # of blocks that name no language
 nitpicky = True
 # Types of other libraries: their references are not here, and a build reaches for no network.
 _OTHERS = "torch|nn|Tensor|Fabric|timm|PIL|numpy|np|rich|collections|contextlib|pathlib|typing|T"
@@ -58,7 +59,8 @@ def add_contents(app: Any, docname: str, source: list[str]) -> None:
         return
     for section in source[0].split("\n## ")[1:]:
         caption = section.partition("\n")[0]
-        pages = re.findall(r"^- \[.*?\]\(([^)#]+)\.(?:md|rst)\)", section, re.MULTILINE)
+        found = re.findall(r"^- \[(.*?)\]\(([^)#]+)\.(?:md|rst)\)", section, re.MULTILINE)
+        pages = [f"{title} <{page}>" for title, page in found]
         source[0] += "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""])
 
 

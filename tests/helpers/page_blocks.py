@@ -117,7 +117,9 @@ def commands(block: Block) -> Iterator[tuple[str, list[str]]]:
 
 
 def plain(line: str) -> str:
-    """A line without its numbers, spaces and frames."""
+    """A line without its numbers, spaces and frames; of a row of a table, the first two cells."""
+    if line.startswith("│"):
+        line = " ".join(line.split("│")[1:3])
     return re.sub(r"[\s│┃┏┓┗┛┡┩┳╇━─┴┬┼┌┐└┘├┤]+", " ", re.sub(r"\d+([.,]\d+)*", "#", line)).strip()
 
 

@@ -65,9 +65,10 @@ def test_the_tutorial_for_research(terminal: Terminal, monkeypatch: pytest.Monke
     page = Path("runs/compared/compare.md").read_text()
     assert all(name in page for name in ("duallora", "frozen", "joint", "shrinking"))
     (script,) = (block.text for block in found if block.language == "bash")
-    for words in array_commands(script, number=1):
-        assert main([*words, *SMALLER]) == 0
-        assert Path(words[words.index("--out") + 1], "results.json").exists()
+    asked = array_commands(script, number=1)
+    assert [words[words.index("--method") + 1] for words in asked] == ["duallora", "frozen", "joint"]
+    assert main([*asked[1], *SMALLER]) == 0
+    assert Path("runs/compared/runs/frozen-1/results.json").exists()
 
 
 def in_process(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> list[Job]:
