@@ -23,7 +23,7 @@ class Backbone(nn.Module):
 
     Args:
         model: of timm, of a supported family; taken over: its classifier is removed, and its attentions call
-            one fused ``qkv`` layer each (see :mod:`duallora.backbones.fused_qkv`).
+            one fused ``qkv`` layer each (see ``duallora.backbones.fused_qkv``).
         info: where the weights come from and how images are prepared.
 
     Attributes:
