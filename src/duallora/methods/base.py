@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from duallora.adapters.lora import Beside, LowRank, put_beside
 from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_mlp import BesideMLP, put_beside_mlp
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.calibration import calibrate
@@ -66,6 +67,7 @@ class Method:
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
+        beside_mlp: the wrapped mlps by layer, where :meth:`attach_mlp` put updates.
         forward_passes: backbone passes per image at inference.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
@@ -104,6 +106,7 @@ class Method:
         for name in ("heads", "starts", "rows", "adapters"):
             self.learned.add_module(name, getattr(self, name))
         self.beside: dict[int, Beside] = {}
+        self.beside_mlp: dict[int, BesideMLP] = {}
         self._before: Sequence[Tensor | None] = []
         self.by_row: list[ByRow] = []
         self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
@@ -231,6 +234,18 @@ class Method:
             config.projections,
             lambda dim, out: LowRank(dim, out, config.rank, generator),
         )
+
+    def attach_mlp(self, first: int | None, make: Callable[[int], nn.Module]) -> None:
+        """Puts an update beside the mlp of each adapted layer; it is never merged.
+
+        Args:
+            first: field ``first_adapted_layer``.
+            make: d -> the update, see :class:`BesideMLP`; called in the order of the layers. It is saved
+                under ``mlp`` and the layer.
+        """
+        layers = adapted_layers(self.backbone, first)
+        self.beside_mlp = put_beside_mlp(self.backbone, layers, make)
+        self.adapters.update({f"mlp{layer}": b.update for layer, b in self.beside_mlp.items()})
 
     @torch.no_grad()
     def merge(self) -> None:
