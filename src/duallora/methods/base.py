@@ -66,7 +66,8 @@ class Method:
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
-        forward_passes: backbone passes per image at inference.
+        forward_passes: backbone passes per image at inference, of a model with one task.
+        more_passes: in a few words, how they grow with the tasks; empty where they do not.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
@@ -82,6 +83,7 @@ class Method:
     all_at_once: ClassVar[bool] = False
     readout: ClassVar[Literal["heads", "calibrated"]] = "heads"
     forward_passes: ClassVar[int] = 1
+    more_passes: ClassVar[str] = ""
     imprinted: ClassVar[bool] = False
 
     def __init__(
@@ -114,6 +116,11 @@ class Method:
     def realigned(self) -> bool:
         """Whether heads answer with what training changed, on top of the class rows as they are now."""
         return 0 < len(self.heads.tasks) == len(self.starts.tasks)
+
+    @property
+    def passes(self) -> int:
+        """Backbone passes per image at inference, now."""
+        return self.forward_passes
 
     @property
     def answer(self) -> Literal["heads", "calibrated"]:
@@ -196,7 +203,7 @@ class Method:
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Logits of all rows (n, R)."""
-        logits: Tensor = self.heads(encoding.features)
+        logits: Tensor = self.heads(encoding.features) if encoding.logits is None else encoding.logits
         return logits
 
     def after_step(self) -> None:
