@@ -136,6 +136,10 @@ class Backbone(nn.Module):
             images, indices=[layer], return_prefix_tokens=prefix, output_fmt="NLC", **settings
         )
 
+    def block(self, layer: int) -> Any:
+        """A block; its ``mlp`` may be wrapped."""
+        return self.model.get_submodule(f"blocks.{layer}")
+
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a block; its ``qkv`` may be wrapped."""
         return self.model.get_submodule(f"blocks.{layer}.attn")

@@ -80,6 +80,23 @@ class AdapterFields:
     learning_rate: float = 2e-3
 
 
+@dataclass(frozen=True)
+class BottleneckFields:
+    """Fields of every AdaptFormer adapter beside the mlps; goes with :class:`MethodConfig`.
+
+    Attributes:
+        rank: r, width of the bottleneck.
+        scale: multiplies what the adapter adds.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: learning rate of the adapter.
+    """
+
+    rank: int = 64
+    scale: float = 0.1
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+
+
 def epochs_for(config: MethodConfig, images: int) -> int:
     """Passes over a task of so many images that reach both ``epochs`` and ``min_steps``."""
     return max(config.epochs, math.ceil(config.min_steps / max(math.ceil(images / config.batch_size), 1)))
