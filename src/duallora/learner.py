@@ -105,7 +105,7 @@ class ContinualLearner:
     @property
     def forward_passes(self) -> int:
         """Backbone passes per image at inference."""
-        return self.method.forward_passes
+        return self.method.passes
 
     def learn(self, dataset: Dataset[Any], name: str | None = None) -> TaskRecord:
         """Learns a task from labelled images; nothing of them is kept but statistics.

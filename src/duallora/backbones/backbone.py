@@ -124,6 +124,12 @@ class Backbone(nn.Module):
         block = self.model.get_submodule(f"blocks.{layer}")
         block.get_submodule("attn.qkv")(block.get_submodule("norm1")(_joined(found[0])))
 
+    def early_exit(self, images: Tensor, layer: int) -> Tensor:
+        """(B, 3, H, W) -> (B, feature_dim): the final feature as if the model ended after a block."""
+        found = self._through(images, layer, stop_early=True, intermediates_only=True, norm=True)
+        feature: Tensor = self.model.forward_head(_joined(found[0]), pre_logits=True)
+        return feature
+
     def _through(self, images: Tensor, layer: int, **settings: bool) -> Any:
         """A pass that gives the tokens after a block beside its result, or alone."""
         prefix = self.num_prefix_tokens > 0  # EVA cannot give what is not there
