@@ -42,12 +42,12 @@ class ContinualLearner:
     """A pre-trained Vision Transformer that learns new tasks and keeps no old images.
 
     Args:
-        backbone: ``"embedded"``, the full tag of a timm ViT, or a loaded :class:`Backbone`.
-        method: configuration of the method, for instance :class:`DualLoRAConfig`.
+        backbone: ``"embedded"``, the full tag of a timm ViT, or a loaded :class:`.Backbone`.
+        method: configuration of the method, for instance :class:`.DualLoRAConfig`.
         seed: keys every random draw, with the task, the epoch and the sample.
         backbone_file: local ``.safetensors`` file with the backbone's weights.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; or a :class:`Machine`, for several processes
-            and everything else of :class:`Compute`.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; or a :class:`.Machine`, for several processes
+            and everything else of :class:`.Compute`.
         augment: ``"crop,flip"``, ``"crop"`` or ``"none"``.
         progress: where to report; the default is silent.
         features: of the bare backbone, for methods that read them; they change no result.
@@ -104,7 +104,7 @@ class ContinualLearner:
     @property
     def forward_passes(self) -> int:
         """Backbone passes per image at inference."""
-        return self.method.forward_passes
+        return self.method.passes
 
     def learn(
         self, dataset: Dataset[Any], name: str | None = None, *, held_back: Dataset[Any] | None = None
