@@ -304,17 +304,20 @@ def test_files_of_a_folder_stay_where_they_are(uploads: Uploads, tmp_path: Path)
 
 
 def test_classes_are_added_all_or_none(tmp_path: Path) -> None:
-    folder, reads = images(tmp_path / "pets", ["cat", "dog"], 3), []
+    for name in ("cat", "dog"):
+        for number in range(3):
+            written(tmp_path / "pets" / name, f"{number}.png", number)
+    reads = []
 
-    def read(path: Path) -> Any:
+    def read(path: Path) -> Image.Image:
         reads.append(path)
         if len(reads) == 5:
             raise MemoryError
         return Image.open(path)
 
-    draft, steps = Draft(), []
+    draft = Draft()
     with pytest.raises(MemoryError):
-        steps += draft.adding([files_of(folder)], "", read)
+        draft.add([files_of(tmp_path / "pets")], "", read)
     assert draft.files == {}
-    assert list(draft.adding([files_of(folder)], "")) == [(done, 6) for done in range(6)]
+    assert list(draft.adding([files_of(tmp_path / "pets")], "")) == [(done, 6) for done in range(6)]
     assert {name: len(own) for name, own in draft.files.items()} == {"cat": 3, "dog": 3}

@@ -1,19 +1,4 @@
-"""What a method is: a few hooks around one task, and the readouts that every method has.
-
-Order of the calls for one task::
-
-    prepare(task, loader)      passes without gradients over the evaluation views; opens head and adapters
-      grow(task)               creates the task's parameters; also called, task by task, when state is loaded
-    loss(batch); after_step()  once per optimiser step, on augmented views (skipped for a single class)
-    consolidate(task, loader)  after training: merge, measure, update what is remembered
-    logits(images)             any time: the readouts of a batch, without the task
-      encode(images)           one forward pass: features, and what the method chose for each image
-        extract(images)        the features alone
-      head_logits(encoding)    the heads' logits
-    forget(task, kept)         between tasks: loses classes, or all that is a task's own
-    state() / load_state()     between tasks only; restored() after a load
-    simulate(tasks)            random numbers of the same shapes, for measurements
-"""
+"""What a method is: hooks around one task, called in the order of docs/add-a-method.md, and readouts."""
 
 from __future__ import annotations
 
@@ -23,20 +8,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from duallora.adapters.lora import Beside, LowRank, put_beside
 from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_mlp import BesideMLP, put_beside_mlp
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.calibration import calibrate
 from duallora.classifiers.class_statistics import ByRow, ClassMoments, ClassStatistics
 from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
+from duallora.methods.class_weights import ClassLoss
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
+from duallora.methods.readouts import readouts
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
 
@@ -66,9 +52,13 @@ class Method:
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
-        forward_passes: backbone passes per image at inference.
+        beside_mlp: the wrapped mlps by layer, where :meth:`attach_mlp` put updates.
+        forward_passes: backbone passes per image at inference, of a model with one task.
+        more_passes: in a few words, how they grow with the tasks; empty where they do not.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
+        class_loss: the mean over images in a loss, with the weights of their classes.
+        computing: whether the pass leaves the cache alone.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
@@ -82,6 +72,7 @@ class Method:
     all_at_once: ClassVar[bool] = False
     readout: ClassVar[Literal["heads", "calibrated"]] = "heads"
     forward_passes: ClassVar[int] = 1
+    more_passes: ClassVar[str] = ""
     imprinted: ClassVar[bool] = False
 
     def __init__(
@@ -99,14 +90,16 @@ class Method:
         self.starts = Heads(width, self.device)
         self.rows = ClassStatistics(backbone.row_dim, self.device)
         self.leader: Heads | None = None
+        self.class_loss = ClassLoss()
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
         for name in ("heads", "starts", "rows", "adapters"):
             self.learned.add_module(name, getattr(self, name))
         self.beside: dict[int, Beside] = {}
+        self.beside_mlp: dict[int, BesideMLP] = {}
         self._before: Sequence[Tensor | None] = []
         self.by_row: list[ByRow] = []
-        self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
+        self.computing: PerPass[bool] = PerPass()
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -116,8 +109,13 @@ class Method:
         return 0 < len(self.heads.tasks) == len(self.starts.tasks)
 
     @property
+    def passes(self) -> int:
+        """Backbone passes per image at inference, now."""
+        return self.forward_passes
+
+    @property
     def answer(self) -> Literal["heads", "calibrated"]:
-        """The readout that predictions are read from: plain heads when nothing is calibrated."""
+        """Which readout predictions are read from; plain heads when nothing is calibrated."""
         return "heads" if self.config.calibration == "none" else self.readout
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
@@ -150,7 +148,11 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
-        return F.cross_entropy((self.leader or self.heads).current(self.features(batch.images)), batch.labels)
+        return self.class_loss.cross_entropy(self.current_logits(batch.images), batch.labels)
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Logits (n, |Y_t|) of the classes of the task that is trained, by the head that leads it."""
+        return (self.leader or self.heads).current(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
@@ -162,7 +164,7 @@ class Method:
         return Encoding(self.extract(images).float())
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`Backbone`."""
+        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`.Backbone`."""
         features: Tensor = self.backbone(images)
         return features
 
@@ -171,7 +173,7 @@ class Method:
 
         For methods whose adapters are off but for their own passes.
         """
-        cache = None if self._computing.get() else self.context.cache
+        cache = None if self.computing.get() else self.context.cache
         found = None if cache is None else cache.lookup(images)
         if found is not None:
             return found.to(images.device)
@@ -195,7 +197,7 @@ class Method:
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Logits of all rows (n, R)."""
-        logits: Tensor = self.heads(encoding.features)
+        logits: Tensor = self.heads(encoding.features) if encoding.logits is None else encoding.logits
         return logits
 
     def after_step(self) -> None:
@@ -218,7 +220,7 @@ class Method:
         Args:
             first: field ``first_adapted_layer``.
             projections: which of ``q``, ``k`` and ``v`` the update adds to.
-            make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
+            make: (d, columns written) -> the update, see :class:`.Beside`; called in the order of the layers.
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
         self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
@@ -231,6 +233,18 @@ class Method:
             config.projections,
             lambda dim, out: LowRank(dim, out, config.rank, generator),
         )
+
+    def attach_mlp(self, first: int | None, make: Callable[[int], nn.Module]) -> None:
+        """Puts an update beside the mlp of each adapted layer; it is never merged.
+
+        Args:
+            first: field ``first_adapted_layer``.
+            make: d -> the update, see :class:`BesideMLP`; called in the order of the layers. It is saved
+                under ``mlp`` and the layer.
+        """
+        layers = adapted_layers(self.backbone, first)
+        self.beside_mlp = put_beside_mlp(self.backbone, layers, make)
+        self.adapters.update({f"mlp{layer}": b.update for layer, b in self.beside_mlp.items()})
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -249,37 +263,13 @@ class Method:
 
     @torch.no_grad()
     def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
-        """As :meth:`readouts`, without gradients."""
-        return self.readouts(images, cached=cached)
-
-    def readouts(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
             images: (B, 3, H, W).
             cached: features of the bare backbone may come from the cache; else all of it is computed.
         """
-        config = self.config
-        with self.context.reading(), self._computing.holding(not cached):
-            encoding = self.encode(images)
-        logits = self.head_logits(encoding)
-        log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
-        log_task = self.task_posterior(encoding, log_q)
-        calibrated = None
-        if config.calibration != "none":
-            calibrated = calibrate(
-                logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
-            )
-        if self.realigned:  # they began under the covariance of their time, which later tasks change
-            logits = log_q + (logits - self.starts(encoding.features)) / 2
-        return BatchOutputs(
-            logits.log_softmax(1),
-            calibrated,
-            log_task,
-            familiarity,
-            encoding.gate,
-            self.final(encoding.features),
-        )
+        return readouts(self, images, cached=cached)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses classes of a task: their rows and head outputs, with the last one all that is the task's own.
@@ -289,7 +279,7 @@ class Method:
 
         Args:
             task: its index.
-            kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
+            kept: which of its classes stay, one bool a class of the task; some other class of the model always does.
         """
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
         for part in self.by_row:

@@ -18,6 +18,7 @@ TRAINING_FIELDS = frozenset(
         "epochs",
         "min_steps",
         "batch_size",
+        "class_weights",
         "learning_rate",
         "head_learning_rate",
         "optimizer",
