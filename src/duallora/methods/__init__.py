@@ -21,6 +21,7 @@ _REGISTRY = {
     "inflora": "inflora.InfLoRA",
     "sd-lora": "sd_lora.SDLoRA",
     "o-lora": "o_lora.OLoRA",
+    "cl-lora": "cl_lora.CLLoRA",
     "l2p": "l2p.L2P",
     "dualprompt": "dualprompt.DualPrompt",
     "coda-prompt": "coda_prompt.CodaPrompt",

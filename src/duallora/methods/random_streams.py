@@ -9,6 +9,7 @@ import torch
 RandomStream = Literal[
     "head",
     "adapter",
+    "shared adapter",
     "alignment",
     "expert prompts",
     "centres",
@@ -24,6 +25,7 @@ RandomStream = Literal[
 _STREAMS: dict[RandomStream, int] = {
     "head": 0,
     "adapter": 1,
+    "shared adapter": 2,
     "alignment": 1,
     "expert prompts": 2,
     "centres": 2,
