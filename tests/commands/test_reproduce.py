@@ -130,10 +130,11 @@ def test_the_documentation_has_every_protocol_as_it_is() -> None:
         order = "its seed" if protocol.by_seed else "alphabetical"
         if protocol.ordered(0) != protocol.ordered(1) and protocol.stream.order == "alphabetical":
             order = "alphabetical for 0, else its seed"
+        epochs, first = (protocol.method.fields.get(field) for field in ("epochs", "first_epochs"))
         cells = [
             f"`{name}`",
             protocol.backbone.backbone.partition(".")[2],
-            str(protocol.method.fields["epochs"]),
+            str(epochs) if first in (None, epochs) else f"{epochs}, first {first}",
             f"{order}; {', '.join(map(str, protocol.seeds))}",
             f"{100 * expected['final_accuracy']:.2f}" if expected else "-",
             "-" if average is None else f"{100 * average:.2f}",
