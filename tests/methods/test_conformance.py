@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 UNTRAINED = {"ncm", "ranpac"}  # nothing takes gradients
-REFITTED = {"slca", "sldc"}  # the heads of earlier tasks are trained again
+REFITTED = {"slca", "sldc", "mos", "tuna"}  # the heads of earlier tasks are trained again
 MOVED = {"sldc"}  # rows of earlier tasks follow the drift of the features
 
 REPEATED = [
