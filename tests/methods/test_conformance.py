@@ -40,8 +40,8 @@ pytestmark = [
 ]
 
 UNTRAINED = {"ncm", "ranpac"}  # nothing takes gradients
-REFITTED = {"slca", "sldc", "mos", "tuna"}  # the heads of earlier tasks are trained again
-MOVED = {"sldc"}  # rows of earlier tasks follow the drift of the features
+REFITTED = {"slca", "sldc", "ssiat", "rsiat", "mos", "tuna"}  # the heads of earlier tasks are trained again
+MOVED = {"sldc", "ssiat", "rsiat"}  # rows of earlier tasks follow the drift of the features
 
 REPEATED = [
     Patterns(["ant", "bee"], 6, 0),

@@ -31,6 +31,8 @@ _REGISTRY = {
     "ncm": "ncm.NCM",
     "slca": "slca.SLCA",
     "sldc": "sldc.SLDC",
+    "ssiat": "ssiat.SSIAT",
+    "rsiat": "rsiat.RSIAT",
     "lora": "lora.LoRA",
     "linear": "frozen.Linear",
     "frozen": "frozen.Frozen",

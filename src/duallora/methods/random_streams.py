@@ -15,6 +15,7 @@ RandomStream = Literal[
     "centres",
     "drift",
     "refit",
+    "projector",
     "measurement",
     "measured rows",
 ]
@@ -30,6 +31,7 @@ _STREAMS: dict[RandomStream, int] = {
     "centres": 2,
     "drift": 2,
     "refit": 3,
+    "projector": 4,
     "measurement": 8,
     "measured rows": 9,
 }
