@@ -35,13 +35,14 @@ from duallora.outputs import Outputs
 from duallora.predictions import class_probabilities
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.parametrize("name", METHODS),
     pytest.mark.filterwarnings("ignore:.*no direction is left"),
 ]
 
 UNTRAINED = {"ncm", "ranpac"}  # nothing takes gradients
-REFITTED = {"slca", "sldc", "ssiat", "rsiat", "mos", "tuna"}  # the heads of earlier tasks are trained again
-MOVED = {"sldc", "ssiat", "rsiat"}  # rows of earlier tasks follow the drift of the features
+REFITTED = {"slca", "sldc", "ssiat", "rsiat", "mos", "tuna", "duct"}  # the heads of earlier tasks are trained again
+MOVED = {"sldc", "ssiat", "rsiat", "lr-rgda"}  # rows of earlier tasks follow the drift of the features
 
 REPEATED = [
     Patterns(["ant", "bee"], 6, 0),

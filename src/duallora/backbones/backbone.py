@@ -23,7 +23,7 @@ class Backbone(nn.Module):
 
     Args:
         model: of timm, of a supported family; taken over: its classifier is removed, and its attentions call
-            one fused ``qkv`` layer each (see :mod:`duallora.backbones.fused_qkv`).
+            one fused ``qkv`` layer each (see ``duallora.backbones.fused_qkv``).
         info: where the weights come from and how images are prepared.
 
     Attributes:
@@ -34,6 +34,7 @@ class Backbone(nn.Module):
         row_dim: width of everything that class rows read, the final feature first.
         has_class_token: whether token 0 is a class token.
         num_prefix_tokens: tokens before the patch tokens (class, distillation, registers).
+        grid: rows and columns of the patch tokens.
         pooling: in words, what the final feature is.
         positions: ``"absolute"``, or how every attention places the tokens (``"rotary"``, ``"relative"``).
         plain_qkv: the projections that an adapter has replaced, by layer.
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.feature_dim: int = self.model.num_features
         self.has_class_token = self.model.cls_token is not None
         self.num_prefix_tokens: int = self.model.num_prefix_tokens
+        self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
         self.pooling = describe_pooling(self.model)
         self.positions = positions(self.model)
         self.early = max(1, self.depth // 3)

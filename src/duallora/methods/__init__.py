@@ -33,6 +33,8 @@ _REGISTRY = {
     "sldc": "sldc.SLDC",
     "ssiat": "ssiat.SSIAT",
     "rsiat": "rsiat.RSIAT",
+    "lr-rgda": "lr_rgda.LRRGDA",
+    "duct": "duct.DUCT",
     "lora": "lora.LoRA",
     "linear": "frozen.Linear",
     "frozen": "frozen.Frozen",

@@ -112,7 +112,7 @@ class Method:
 
     @property
     def answer(self) -> Literal["heads", "calibrated"]:
-        """The readout that predictions are read from: plain heads when nothing is calibrated."""
+        """Which readout predictions are read from; plain heads when nothing is calibrated."""
         return "heads" if self.config.calibration == "none" else self.readout
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
@@ -157,11 +157,10 @@ class Method:
         return Encoding(self.extract(images).float())
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`Backbone`."""
+        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`.Backbone`."""
         features: Tensor = self.backbone(images)
         return features
 
-    @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the bare backbone, fp32, from the cache where it has all the images.
 
@@ -214,7 +213,7 @@ class Method:
         Args:
             first: field ``first_adapted_layer``.
             projections: which of ``q``, ``k`` and ``v`` the update adds to.
-            make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
+            make: (d, columns written) -> the update, see :class:`.Beside`; called in the order of the layers.
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
         self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
@@ -257,6 +256,10 @@ class Method:
 
     @torch.no_grad()
     def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
+        """As :meth:`readouts`, without gradients."""
+        return self.readouts(images, cached=cached)
+
+    def readouts(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
@@ -293,7 +296,7 @@ class Method:
 
         Args:
             task: its index.
-            kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
+            kept: which of its classes stay, one bool a class of the task; some other class of the model always does.
         """
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
         for part in self.by_row:
