@@ -104,4 +104,5 @@ class TaskPairs(nn.Module):
 def orthonormal(projections: int, dim: int, rank: int, generator: torch.Generator) -> Tensor:
     """Q of a QR decomposition (P x d x min(r, d)) of entries drawn uniformly from [0, 1)."""
     drawn = torch.rand(projections, dim, rank, generator=generator)
-    return torch.linalg.qr(drawn)[0]
+    q: Tensor = torch.linalg.qr(drawn)[0]
+    return q

@@ -41,7 +41,7 @@ class MOSConfig(BottleneckFields, MethodConfig):
     """Fields of MOS.
 
     Attributes:
-        rank: r, width of each task's bottleneck.
+        rank: r, width of each task's bottleneck; 30 has as many parameters as LoRA of rank 20.
         merge: share of the mean of the earlier adapters that is mixed into the one in training, each step.
         repeated_merge: the released behaviour: every layer of every pass merges again, so that a step merges
             once more than there are layers, and at inference only the mean of the earlier ones is left.
@@ -56,7 +56,6 @@ class MOSConfig(BottleneckFields, MethodConfig):
 
     positive: ClassVar[tuple[str, ...]] = ("contrast_temperature", "rounds", "samples", "refit_learning_rate")
 
-    rank: int = 16
     merge: float = 0.1
     repeated_merge: bool = False
     contrast: float = 0.1

@@ -41,7 +41,7 @@ class TUNAConfig(BottleneckFields, MethodConfig):
     """Fields of TUNA.
 
     Attributes:
-        rank: r, width of each bottleneck.
+        rank: r, width of each bottleneck; 30 has as many parameters as LoRA of rank 20.
         cosine_scale: multiplies the cosines of the heads.
         margin: by how much the cosine of the right class has to lead in training.
         orthogonality: weight of the loss that keeps up-projections of different tasks apart.
@@ -53,7 +53,6 @@ class TUNAConfig(BottleneckFields, MethodConfig):
 
     positive: ClassVar[tuple[str, ...]] = ("cosine_scale", "samples", "refit_learning_rate")
 
-    rank: int = 16
     cosine_scale: float = 20.0
     margin: float = 0.0
     orthogonality: float = 1e-3
