@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duallora import ContinualLearner
-from duallora.methods import Batch, TaskInfo
-from duallora.methods import tuna as tuna_module
+from duallora.methods import Batch, TaskInfo, task_adapters
 from duallora.methods.tuna import TUNA, elected
 
 FOUR = Batch(tiny_images(4), torch.tensor([0, 1, 0, 1]), torch.arange(4))
@@ -163,7 +162,7 @@ def test_the_new_adapter_starts_as_the_last_one_and_is_trained_alone_with_the_he
 @pytest.mark.parametrize("decay", [True, False])
 def test_heads_are_aligned_on_means_that_age(decay: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Tensor, Tensor]] = []
-    original = tuna_module.refit
+    original = task_adapters.refit
 
     def watched(heads: Any, mean: Tensor, *rest: Any, logits: Any, **named: Any) -> None:
         x, weight = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0)), torch.eye(3, WIDTH)
@@ -172,7 +171,7 @@ def test_heads_are_aligned_on_means_that_age(decay: bool, monkeypatch: pytest.Mo
         given.append((mean.clone(), method.gaussians.mean.clone()))
         original(heads, mean, *rest, logits=logits, **named)
 
-    monkeypatch.setattr(tuna_module, "refit", watched)
+    monkeypatch.setattr(task_adapters, "refit", watched)
     learner = exact_learner(small_config("tuna", decay=decay))
     method = learner.method
     assert isinstance(method, TUNA)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from duallora.adapters.bottleneck import Bottleneck, TaskBottlenecks
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.alignment import Gaussians, refit
+from duallora.classifiers.alignment import Gaussians
 from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.cosine import cosines
 from duallora.methods.base import Method
@@ -25,6 +25,8 @@ from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
 from duallora.methods.task_adapters import (
+    AlignmentFields,
+    align,
     clear,
     known_tasks,
     open_from_last,
@@ -37,7 +39,7 @@ from duallora.methods.task_adapters import (
 
 
 @dataclass(frozen=True)
-class MOSConfig(BottleneckFields, MethodConfig):
+class MOSConfig(AlignmentFields, BottleneckFields, MethodConfig):
     """Fields of MOS.
 
     Attributes:
@@ -49,12 +51,9 @@ class MOSConfig(BottleneckFields, MethodConfig):
         contrast_temperature: of the products there.
         rounds: how often an image may change its adapter.
         ensemble: whether the answer under the first adapter has a share in the last one.
-        samples: features drawn of every row and epoch to align the heads.
-        refit_epochs: epochs of the alignment.
-        refit_learning_rate: learning rate of the alignment (SGD, momentum 0.9), cosine to zero.
     """
 
-    positive: ClassVar[tuple[str, ...]] = ("contrast_temperature", "rounds", "samples", "refit_learning_rate")
+    positive: ClassVar[tuple[str, ...]] = ("contrast_temperature", "rounds")
 
     merge: float = 0.1
     repeated_merge: bool = False
@@ -62,9 +61,6 @@ class MOSConfig(BottleneckFields, MethodConfig):
     contrast_temperature: float = 0.8
     rounds: int = 4
     ensemble: bool = True
-    samples: int = 80
-    refit_epochs: int = 30
-    refit_learning_rate: float = 5e-3
 
 
 class Prototypes(ByRow):
@@ -176,23 +172,9 @@ class MOS(Method):
         features, labels = own_features(self, self._acting, task.index, loader())
         self.gaussians.add(features, labels, len(task.classes))
         if task.index > 0:
-            config = self.config
-            refit(
-                self.heads,
-                self.gaussians.mean,
-                self.gaussians.factors(1e-4),
-                F.cross_entropy,
-                partial(
-                    torch.optim.SGD,
-                    lr=config.refit_learning_rate,
-                    momentum=0.9,
-                    weight_decay=config.weight_decay,
-                ),
-                config.samples,
-                config.refit_epochs,
-                config.samples,
-                self.generator(task.index, "refit"),
-            )
+            config, mean = self.config, self.gaussians.mean
+            generator = self.generator(task.index, "refit")
+            align(self.heads, self.gaussians, mean, config, config.weight_decay, generator)
             features, labels = own_features(self, self._acting, 0, loader())
         self.prototypes.add(prototypes(features, labels, len(task.classes)))
         super().consolidate(task, loader)

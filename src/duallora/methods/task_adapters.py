@@ -1,8 +1,11 @@
-"""What methods with an adapter a task share: which tasks there are, passes under one of them, choices."""
+"""What methods with an adapter a task share: passes under one of them, choices, and heads aligned after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,10 +13,62 @@ from torch.nn import functional as F
 
 from duallora.adapters.bottleneck import TaskBottlenecks
 from duallora.adapters.per_pass import PerPass
+from duallora.classifiers.alignment import Gaussians, affine, refit
 from duallora.classifiers.heads import Heads
 from duallora.methods.base import Method
 from duallora.methods.interface import Batch
 from duallora.runtime import parallel
+
+
+@dataclass(frozen=True)
+class AlignmentFields:
+    """Fields of heads that are aligned after a task; goes with :class:`MethodConfig`.
+
+    Attributes:
+        samples: features drawn of every row and epoch to align the heads.
+        refit_epochs: epochs of the alignment.
+        refit_learning_rate: learning rate of the alignment (SGD, momentum 0.9), cosine to zero.
+    """
+
+    positive: ClassVar[tuple[str, ...]] = ("samples", "refit_learning_rate")
+
+    samples: int = 160
+    refit_epochs: int = 30
+    refit_learning_rate: float = 5e-3
+
+
+def align(
+    heads: Heads,
+    gaussians: Gaussians,
+    mean: Tensor,
+    config: AlignmentFields,
+    weight_decay: float,
+    generator: torch.Generator,
+    logits: Callable[[Tensor, Tensor, Tensor], Tensor] = affine,
+) -> None:
+    """Trains all heads by cross-entropy on features drawn from Gaussians, from where they are.
+
+    Args:
+        heads: changed in place.
+        gaussians: of all rows, each under the adapter of its own task.
+        mean: theirs, or what takes its place (R, d).
+        config: samples, epochs and rate.
+        weight_decay: of the heads.
+        generator: draws the samples.
+        logits: of features (n, d), weight (R, d) and bias (R,).
+    """
+    refit(
+        heads,
+        mean,
+        gaussians.factors(1e-4),
+        F.cross_entropy,
+        partial(torch.optim.SGD, lr=config.refit_learning_rate, momentum=0.9, weight_decay=weight_decay),
+        config.samples,
+        config.refit_epochs,
+        config.samples,
+        generator,
+        logits=logits,
+    )
 
 
 def known_tasks(heads: Heads) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +18,15 @@ from torch.nn import functional as F
 from duallora.adapters.bottleneck import TaskBottlenecks
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.alignment import Gaussians, refit
+from duallora.classifiers.alignment import Gaussians
 from duallora.classifiers.cosine import cosface, cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
 from duallora.methods.task_adapters import (
+    AlignmentFields,
+    align,
     clear,
     known_tasks,
     open_from_last,
@@ -37,7 +38,7 @@ from duallora.methods.task_adapters import (
 
 
 @dataclass(frozen=True)
-class TUNAConfig(BottleneckFields, MethodConfig):
+class TUNAConfig(AlignmentFields, BottleneckFields, MethodConfig):
     """Fields of TUNA.
 
     Attributes:
@@ -46,20 +47,14 @@ class TUNAConfig(BottleneckFields, MethodConfig):
         margin: by how much the cosine of the right class has to lead in training.
         orthogonality: weight of the loss that keeps up-projections of different tasks apart.
         decay: whether means are drawn nearer to zero the older they are, by up to a tenth, in the alignment.
-        samples: features drawn of every row and epoch to align the heads.
-        refit_epochs: epochs of the alignment.
-        refit_learning_rate: learning rate of the alignment (SGD, momentum 0.9), cosine to zero.
     """
 
-    positive: ClassVar[tuple[str, ...]] = ("cosine_scale", "samples", "refit_learning_rate")
+    positive: ClassVar[tuple[str, ...]] = ("cosine_scale",)
 
     cosine_scale: float = 20.0
     margin: float = 0.0
     orthogonality: float = 1e-3
     decay: bool = True
-    samples: int = 160
-    refit_epochs: int = 30
-    refit_learning_rate: float = 5e-3
 
 
 class WithUniversal(nn.Module):
@@ -174,22 +169,14 @@ class TUNA(Method):
         if config.decay:
             age = (row_tasks(self.heads).cpu() + 1) / (task + 1)  # 1 for the rows of this task
             mean = mean * (0.9 + 0.1 * age)[:, None]
-        refit(
+        align(
             self.heads,
+            self.gaussians,
             mean,
-            self.gaussians.factors(1e-4),
-            F.cross_entropy,
-            partial(
-                torch.optim.SGD,
-                lr=config.refit_learning_rate,
-                momentum=0.9,
-                weight_decay=config.weight_decay,
-            ),
-            config.samples,
-            config.refit_epochs,
-            config.samples,
+            config,
+            config.weight_decay,
             self.generator(task, "refit"),
-            logits=lambda x, weight, _: config.cosine_scale * cosines(x, weight),
+            lambda x, weight, _: config.cosine_scale * cosines(x, weight),
         )
 
     def _merge(self) -> None:
