@@ -226,6 +226,7 @@ def test_a_forgotten_task_makes_no_pass() -> None:
     assert all(not p.any() for pairs in method.own for p in (pairs.a[1], pairs.b[1], pairs.weights[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str) -> None:
     """One shared layer and one of the tasks' own; the second task is held by the exit between them."""

@@ -203,6 +203,7 @@ def test_a_forgotten_task_is_never_found_and_the_first_adapter_stays() -> None:
     assert torch.equal(adapters(method)[4], before[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str) -> None:
     assert_carried("mos", family)

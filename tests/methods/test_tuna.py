@@ -191,6 +191,7 @@ def test_gaussians_lie_under_a_tasks_own_adapter() -> None:
     torch.testing.assert_close(method.gaussians.mean[0], method.final(features).mean(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str) -> None:
     assert_carried("tuna", family)
