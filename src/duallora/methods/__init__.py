@@ -22,6 +22,8 @@ _REGISTRY = {
     "sd-lora": "sd_lora.SDLoRA",
     "o-lora": "o_lora.OLoRA",
     "cl-lora": "cl_lora.CLLoRA",
+    "mos": "mos.MOS",
+    "tuna": "tuna.TUNA",
     "l2p": "l2p.L2P",
     "dualprompt": "dualprompt.DualPrompt",
     "coda-prompt": "coda_prompt.CodaPrompt",
