@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from duallora.errors import DualLoRAError
-from duallora.runs.answers import packed, unpacked
+from duallora.runs.answers import from_predictions, packed, unpacked
 from duallora.streams import TaskDataset
 from duallora.streams.task import concatenated
 
@@ -68,6 +69,21 @@ def test_other_images_have_another_hash() -> None:
 
 def test_results_from_before_answers_were_kept_have_none() -> None:
     assert unpacked({"readouts": {}}) is None
+
+
+def test_answers_of_an_older_run_are_read_off_its_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.csv"
+    header = "image,label,task,probability:ox,probability:cat,probability:dog\n"
+    rows = ["b,ox,1,.9,.1,0", "c,cat,1,.5,.2,.3", "a,ox,1,0,.5,.5", "z,dog,2,0,0,1", "d,dog,2,1,0,0"]
+    path.write_text(header + "\n".join(rows) + "\n")
+    told = {"readout": "heads", "final_accuracy": 0.4}
+    assert from_predictions(path, told) == packed([FIRST, SECOND], {"heads": RIGHT})
+    assert from_predictions(path, told | {"final_accuracy": 0.6}) is None
+    assert from_predictions(tmp_path / "none.csv", told) is None
+    path.write_text("nothing\n")
+    assert from_predictions(path, told) is None
+    path.write_text(header + "b,ox,1,x,.1,0\n")
+    assert from_predictions(path, told) is None
 
 
 def _break(stored: dict[str, Any], **changes: Any) -> dict[str, Any]:

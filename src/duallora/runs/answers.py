@@ -7,11 +7,14 @@ by identifier. Neither the order of the classes nor whether the tasks were learn
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,10 @@ import torch
 from torch import Tensor
 
 from duallora.errors import DualLoRAError
+from duallora.storage.regular import read_text
 from duallora.streams import TaskDataset
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,37 @@ def packed(tests: Sequence[TaskDataset], right: Mapping[str, Sequence[Tensor]]) 
         for test in tests
         for target, identifier in zip(test.targets, test.identifiers, strict=True)
     ]
+    return _packed(names, {readout: torch.cat(list(parts)).numpy() for readout, parts in right.items()})
+
+
+def from_predictions(path: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ``answers`` of a run from before they were kept, under its own readout alone.
+
+    Args:
+        path: ``predictions.csv`` of the run.
+        results: Its ``results.json``.
+
+    Returns:
+        None where the file is not there or does not give the accuracy of the results: its probabilities have
+        six digits, and two classes may have become equal.
+    """
+    names, right = [], []
+    try:
+        header, *lines = csv.reader(io.StringIO(read_text(path), newline=""))
+        classes = [name.removeprefix("probability:") for name in header[3:]]
+        for image, label, _, *probabilities in lines:
+            values = [float(value) for value in probabilities]
+            names.append((label, image))
+            right.append(classes[values.index(max(values))] == label)
+    except (OSError, ValueError, IndexError):
+        return None
+    if not right or abs(sum(right) / len(right) - results["final_accuracy"]) > _ROUNDING:
+        return None
+    return _packed(names, {results["readout"]: np.array(right)})
+
+
+def _packed(names: Sequence[tuple[str, str]], right: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers to images by class and identifier, as they are kept."""
     # Stable: an image that several domains show has one name, and keeps the order of the domains.
     order = sorted(range(len(names)), key=lambda i: names[i])
     shown = [names[i] for i in order]
@@ -56,8 +93,8 @@ def packed(tests: Sequence[TaskDataset], right: Mapping[str, Sequence[Tensor]]) 
         "images_sha256": hashlib.sha256(json.dumps(shown).encode()).hexdigest(),
         "images_by_class": dict(Counter(name for name, _ in shown)),
         "right": {
-            readout: base64.b64encode(np.packbits(torch.cat(list(parts)).numpy()[order])).decode()
-            for readout, parts in right.items()
+            readout: base64.b64encode(np.packbits(bits[order]).tobytes()).decode()
+            for readout, bits in right.items()
         },
     }
 
@@ -77,7 +114,7 @@ def unpacked(results: Mapping[str, Any]) -> Answers | None:
         right = {name: _bits(text, total) for name, text in stored["right"].items()}
         shares = {name: float(bits.double().mean()) for name, bits in right.items()}
         told = {name: results["readouts"][name]["final_accuracy"] for name in right}
-        sound = all(abs(shares[name] - told[name]) < 1e-9 for name in right)
+        sound = all(abs(shares[name] - told[name]) <= _ROUNDING for name in right)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unsound() from error
     if not sound:
