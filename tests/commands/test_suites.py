@@ -103,6 +103,7 @@ def document(folder: Path) -> dict[str, Any]:
 # -- the whole ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_suite_leaves_runs_a_page_and_a_verdict_on_every_line(template: Path) -> None:
     out = template / "out"
     runs = {"frozen-1", "frozen-2", "joint-1", "joint-2", "lora-0", "ncm-1", "ncm-2"}
@@ -135,6 +136,7 @@ def test_a_suite_leaves_runs_a_page_and_a_verdict_on_every_line(template: Path) 
             assert part in text, (page, part)
 
 
+@pytest.mark.slow
 def test_every_run_has_the_order_of_its_seed(template: Path) -> None:
     orders = {}
     for path in (template / "out" / "runs").iterdir():
@@ -144,12 +146,14 @@ def test_every_run_has_the_order_of_its_seed(template: Path) -> None:
     assert (orders["ncm-1"], orders["ncm-2"], orders["lora-0"]) == (1, 2, "alphabetical")
 
 
+@pytest.mark.slow
 def test_lines_of_other_orders_are_paired_by_their_images(template: Path) -> None:
     found = document(template)
     pairs = {(each["line"], each["other"]) for each in found["differences"]}
     assert {frozenset(pair) for pair in pairs} >= {frozenset(("ncm", "lora")), frozenset(("joint", "lora"))}
 
 
+@pytest.mark.slow
 def test_a_finished_suite_runs_nothing_and_shows_the_same(
     call: Call, started: Started, finished: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_a_finished_suite_runs_nothing_and_shows_the_same(
     assert document(finished)["verdicts"]
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_run(call: Call, started: Started, finished: Path) -> None:
     shutil.rmtree(finished / "out" / "runs" / "ncm-1")
     shutil.rmtree(finished / "out" / "runs" / "frozen-2")
@@ -167,6 +172,7 @@ def test_only_what_is_missing_is_run(call: Call, started: Started, finished: Pat
     assert started == ["ncm, seed 1", "frozen, seed 2"]
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_interrupted_goes_on(
     call: Call, started: Started, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +193,7 @@ def test_a_suite_that_was_interrupted_goes_on(
     assert "add frozen,joint to --methods" in (tmp_path / "out" / "compare.md").read_text()
 
 
+@pytest.mark.slow
 def test_runs_and_page_can_be_made_apart(call: Call, started: Started, finished: Path) -> None:
     out = finished / "out"
     shutil.rmtree(out)
@@ -200,6 +207,7 @@ def test_runs_and_page_can_be_made_apart(call: Call, started: Started, finished:
     assert {row["line"]: row["seeds"] for row in rows_of(out)} == {"ncm": "2"}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_page_shows_the_others(
     call: Call, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +222,7 @@ def test_a_run_that_fails_is_named_and_the_page_shows_the_others(
 # -- what is refused ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_missing_data_is_one_sentence_before_anything_is_run(
     call: Call, started: Started, finished: Path
 ) -> None:
@@ -223,6 +232,7 @@ def test_missing_data_is_one_sentence_before_anything_is_run(
     assert started == []
 
 
+@pytest.mark.slow
 def test_missing_weights_are_one_sentence(call: Call, finished: Path) -> None:
     (finished / "weights").mkdir()
     refused = call(*words(finished, "--backbone-file", finished / "weights"))
@@ -239,6 +249,7 @@ def test_a_folder_of_weights_has_one_for_every_backbone(tmp_path: Path) -> None:
     assert files["l2p"] == tmp_path / "vit_base_patch16_224.augreg_in21k_ft_in1k.safetensors"
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_another_run_is_refused(call: Call, started: Started, finished: Path) -> None:
     edit(finished / "out" / "runs" / "ncm-1" / "results.json", lambda run: run["config"].update(tasks=4))
     assert_refused(call(*words(finished)), "ncm-1", "tasks: 4 there, 2 asked for")
@@ -255,7 +266,7 @@ def test_a_folder_that_holds_another_run_is_refused(call: Call, started: Started
         ("lines: {lora: {method: {rnak: 3}}}", ["small/lora", "rnak"]),
         ("lines: {lora: {method: {epochs: many}}}", ["small/lora", "epochs"]),
         ("lines: {lora: {method: nosuch}}", ["nosuch"]),
-        ("lines: {lora: {taks: 3}}", ["small/lora", "taks"]),
+        ("lines: {lora: {nosuch: 3}}", ["small/lora", "nosuch"]),
         ("tasks: [ten]\nlines: {lora: {}}", ["small/lora"]),
         ("seeds: [x]\nlines: {lora: {}}", ["--seeds must be numbers"]),
         ("lines: {lora: {expected: {final_accuracy: 0.5}}}", ["'expected' of small/lora", "tolerance"]),
@@ -326,6 +337,7 @@ def test_the_list_has_every_suite(call: Call) -> None:
     assert listed.code == 0 and all(name in listed.out for name in suites())
 
 
+@pytest.mark.slow
 def test_a_dry_run_tries_every_line(call: Call, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("duallora.backbones.backbone.load_backbone", lambda *_, **__: tiny_backbone())
     shutil.rmtree(finished / "out")
@@ -339,6 +351,7 @@ def test_a_dry_run_tries_every_line(call: Call, finished: Path, monkeypatch: pyt
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_slurm_array_has_every_run_and_says_its_time(call: Call, finished: Path) -> None:
     made = call(*words(finished, "--script", "slurm"))
     assert made.code == 0 and made.err == ""
@@ -369,6 +382,7 @@ def test_a_slurm_array_has_every_run_and_says_its_time(call: Call, finished: Pat
     assert "--part page" in inner and inner.startswith("duallora reproduce --suite")
 
 
+@pytest.mark.slow
 def test_the_script_of_one_gpu_runs_the_suite(call: Call, started: Started, finished: Path) -> None:
     made = call(*words(finished, "--script", "one-gpu", "--seeds", "1"))
     *_, strict, command = made.out.splitlines()
