@@ -15,8 +15,9 @@ from published import published
 
 from duallora.commands import reproduce as module
 from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.reproduce import FIGURES, Protocol, protocols, read_protocol
+from duallora.commands.published_protocols import Protocol, protocols, read_protocol
 from duallora.methods import METHODS
+from duallora.runs.verdicts import FIGURES
 from duallora.teaching.method_choice import MethodChoice
 
 SOURCES = ("log file", "table", "LibContinual's reproduction")
@@ -194,7 +195,7 @@ def test_measured_figures_are_put_beside_the_published_ones(
     assert (tmp_path / "out" / "seed-1" / "results.json").exists()
     rows = [line for line in done.out.splitlines() if "final accuracy" in line and "50.00" in line]
     assert len(rows) == 1 and "±" in rows[0]
-    assert ("within" in rows[0]) != ("outside" in rows[0])
+    assert ("inside" in rows[0]) != ("outside" in rows[0])
     assert "published: nowhere" in done.out
     again = call("reproduce", "digits-2/lora", "--out", tmp_path / "out", "--seeds", "2")
     assert again.code == 0
