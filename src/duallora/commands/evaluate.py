@@ -21,7 +21,7 @@ def evaluate(
     """Measure accuracy per task and over all, confusion between tasks and calibration on labelled images.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         folder: labelled images in FOLDER/<class>/, or below val/ or test/ where there is one
         json: print one JSON document
         device: where to compute
