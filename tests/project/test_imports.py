@@ -36,6 +36,7 @@ ORDER = (
     "sharing",
     "learner",
     "export",
+    "explaining",
     "runs",
     "teaching",
     "serving",

@@ -53,6 +53,8 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         DualLoRAError: Unknown options or values, and unreadable ``--config`` files.
         SystemExit: After ``--help`` and ``--print_config``.
     """
+    if any("\0" in word for word in argv):
+        raise DualLoRAError("an argument has a NUL character in it, which no name may have: leave it out")
     words, files = take_config_files(argv)
     configs = [read_config(file) for file in files]
     method = None
@@ -64,6 +66,8 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     refuse_unknown(words, configs, parser, method)
     # Files go first: a value on the command line wins over any file, wherever it stands.
     texts = [text for config in configs for text in ("--config", json.dumps(config, default=str))]
+    if any("\\u0000" in text for text in texts):
+        raise DualLoRAError("a --config file has a NUL character in a value: leave it out")
     try:
         namespace = parser.parse_args([*texts, *words])
     except ArgumentError as error:
