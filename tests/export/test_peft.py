@@ -134,6 +134,37 @@ def test_other_methods_have_one(name: str, tmp_path: Path) -> None:
     assert_same(adapted(tiny_model(), tmp_path / "lora", images), final_features(learner, images), 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_a_hugging_face_model_takes_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", minversion="4.50")
+    peft = pytest.importorskip("peft")
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    own = {"intermediate_size": 64} if kind == "ViT" else {"mlp_ratio": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = getattr(transformers, f"{kind}Model")(
+            getattr(transformers, f"{kind}Config")(**sizes, **own)
+        ).eval()
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    plain.save_pretrained(tmp_path / "plain")
+    backbone = load_backbone(f"hf:{tmp_path / 'plain'}")
+    monkeypatch.setattr(module, "projection_names", projection_names)
+    learner = simulated_learner(backbone, ORTHOGONAL, tasks=2, classes=2)
+    done = to_peft(learner, tmp_path / "lora", 0.0)
+    assert len(done.ranks) == 2 * 3, "q, k and v apart, in the two layers that are adapted"
+    images = tiny_images(3)
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(plain, str(tmp_path / "lora"))(images).last_hidden_state[:, 0]
+    assert_same(found, final_features(learner, images), 1e-3)
+
+
 def test_names_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     info = load_backbone("vit_tiny_patch16_224.augreg_in21k", pretrained=False, image_size=32).info
     assert projection_names(info, 3) == ("blocks.3.attn.qkv",)

@@ -48,6 +48,7 @@ class Hub:
         repositories: By ``OWNER/NAME``.
         asked: Method and path of every request.
         broken: It answers everything with error 500.
+        pretended: Bytes that a file is said to have, by its path.
     """
 
     url: str = ""
@@ -55,6 +56,7 @@ class Hub:
     store: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     broken: bool = False
+    pretended: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, files: dict[str, bytes], **settings: bool) -> str:
         """Commits files to a repository, made where there is none; returns the commit."""
@@ -222,7 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
                 404, {"error": "no file"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
             )
         etag = f'"{hashlib.sha1(data).hexdigest()}"'
-        return self.send(200, data, {"ETag": etag, "X-Repo-Commit": commit, "Content-Type": "text/plain"})
+        told = {"ETag": etag, "X-Repo-Commit": commit, "Content-Type": "text/plain"}
+        if path in self.hub.pretended:
+            told |= {"X-Linked-Size": str(self.hub.pretended[path]), "X-Linked-Etag": etag}
+        return self.send(200, data, told)
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"

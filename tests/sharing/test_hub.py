@@ -113,6 +113,18 @@ def test_what_is_fetched_is_checked_as_any_model(
     )
 
 
+@pytest.mark.parametrize("kind", ["manifest", "weights"])
+def test_what_is_far_too_large_is_not_fetched(
+    call: Call, hub: Hub, shared_model: Path, tmp_path: Path, kind: str
+) -> None:
+    published(hub, shared_model)
+    weights = json.loads((shared_model / "model.json").read_text())["weights"]
+    file = "model.json" if kind == "manifest" else weights
+    hub.pretended[file] = 1 << 40
+    assert_refused(call("pull", NAME, tmp_path / "there"), file, "far more than a model takes")
+    assert not [asked for asked in hub.asked if asked.startswith("GET") and asked.endswith(file)]
+
+
 def test_the_cache_answers_without_a_connection(
     call: Call, hub: Hub, shared_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

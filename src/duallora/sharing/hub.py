@@ -8,7 +8,7 @@ and neither the token nor the hub's own words, which could hold parts of a reque
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from duallora.storage import checkpoint
 
 MANIFEST = "model.json"
 _LARGEST_MANIFEST = 64 << 20  # bytes; one of a thousand tasks has a few hundred thousand
+_LARGEST_WEIGHTS = 16 << 30  # a ViT of a thousand million parameters takes four
 
 
 def fetch(place: HubPlace) -> Path:
@@ -37,12 +38,11 @@ def fetch(place: HubPlace) -> Path:
         DualLoRAError: the repository is not there, may not be read, holds no model, or cannot be reached.
     """
     require_hub()
-    folder = _download(place, MANIFEST, place.revision).parent
-    if (folder / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
-        raise DualLoRAError(f"{MANIFEST} of {place} is far too large for one; name another repository.")
+    folder = _download(place, MANIFEST, place.revision, _LARGEST_MANIFEST).parent
     for name in checkpoint.read_manifest(folder)["files"]:
-        # By the commit: the branch may move between two files.
-        _download(place, name, folder.name)
+        if not (folder / name).exists():
+            # By the commit: the branch may move between two files.
+            _download(place, name, folder.name, _LARGEST_WEIGHTS)
     return folder
 
 
@@ -99,9 +99,17 @@ def require_hub() -> None:
         raise DualLoRAError("huggingface_hub is missing; it comes with `pip install 'duallora[hub]'`.")
 
 
-def _download(place: HubPlace, file: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+def _download(place: HubPlace, file: str, revision: str | None, most: int) -> Path:
+    """Brings a file of at most so many bytes into the cache."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    size = None
+    with suppress(Exception):  # whatever it is, the download says it, or finds the file in the cache
+        size = get_hf_file_metadata(hf_hub_url(place.repository, file, revision=revision)).size
+    if size is not None and size > most:
+        raise DualLoRAError(
+            f"{file} of {place} has {size:,} bytes, far more than a model takes; name another repository."
+        )
     with _sentences(place, "fetched"):
         return Path(
             hf_hub_download(
