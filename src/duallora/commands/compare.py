@@ -22,6 +22,7 @@ from duallora.commands.run_setting import Setting, load_setting
 from duallora.commands.subprocess_jobs import Job, gpus, run_jobs
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
+from duallora.runtime.loggers import Logging
 from duallora.storage.regular import read_regular
 from duallora.teaching.method_choice import MethodChoice
 
@@ -41,6 +42,7 @@ def compare(
     method: MethodChoice | None = None,
     backbone: BackboneOptions = BackboneOptions(),
     compute: Compute = Compute(),
+    log: Logging = Logging(),
 ) -> None:
     """Run several methods on one stream and write one page about them.
 
@@ -63,6 +65,7 @@ def compare(
         method: fields for every method that has them
         backbone: what the methods stand on
         compute: where and how to compute
+        log: where figures go while a run trains; of --log-dir, each run gets a folder of its own
     """
     command = command_line("compare", compare, locals())
     if out.exists() and not out.is_dir():
@@ -76,12 +79,13 @@ def compare(
     if reference is not None and reference not in (line.name for line in lines):
         raise DualLoRAError(f"--reference {reference} is no line of --methods; name one that is there.")
     device, _, devices, _ = compute.check()  # before large weights are read
+    log.check()
     setting = load_setting(stream, backbone)
     options = elsewhere(stream, backbone, compute)
     for line in lines:  # a foreign run of any seed is refused now, not when all others have been run
         _entry(line, setting, out)
     _write_configs(lines, setting, out)
-    missing = _missing(lines, numbers, setting, out, options)
+    missing = _missing(lines, numbers, setting, out, options, log)
     if missing:
         features = _keep_features(setting, out, compute.device)
         missing = [Job(j.name, (*j.words, "--features", str(features)), j.log) for j in missing]
@@ -111,7 +115,12 @@ def _folder(out: Path, line: Line, seed: int) -> Path:
 
 
 def _missing(
-    lines: Sequence[Line], seeds: Sequence[int], setting: Setting, out: Path, options: Sequence[str]
+    lines: Sequence[Line],
+    seeds: Sequence[int],
+    setting: Setting,
+    out: Path,
+    options: Sequence[str],
+    log: Logging,
 ) -> list[Job]:
     """The runs that are not finished, all lines of a seed before the next seed."""
     jobs = []
@@ -121,7 +130,9 @@ def _missing(
             if finished_run(folder, line, setting, seed) is not None:
                 continue
             config = str(out / "configs" / f"{line.name}.yaml")
-            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options)
+            own = dataclasses.replace(log, log_dir=log.log_dir and log.log_dir / folder.name)
+            logged = _words(own, Logging(), ["logger", "log_dir"])
+            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options, *logged)
             jobs.append(Job(f"{line.name}, seed {seed}", words, out / "logs" / f"{folder.name}.log"))
     return jobs
 
