@@ -116,7 +116,8 @@ class Lesson:
             known = tuple(learner.classes)
             before = Measured.on(learner, self.check)
             with self.request.granted(learner):
-                record = learner.learn(self.images.train, self.name_for(learner))
+                name, held_back = self.name_for(learner), self.images.held_back
+                record = learner.learn(self.images.train, name, held_back=held_back)
             after, comparison = Measured.on(learner, self.check), None
             if before is not None and after is not None:
                 comparison = Comparison(before.accuracy, after.accuracy)
