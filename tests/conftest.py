@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes or learn for seconds come first, so that no worker is left with one at the end."""
+    """Files that start processes or learn for seconds come first: no worker is left with one at the end."""
     long = {item.path for item in items if any(map(item.get_closest_marker, ("process", "browser", "slow")))}
     items.sort(key=lambda item: item.path not in long)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 LONGEST = 2500
 """Characters of a message."""
 

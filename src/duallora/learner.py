@@ -27,7 +27,7 @@ from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.config import RETIRED_FIELDS
 from duallora.methods.duallora import DualLoRAConfig
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord, rows_of
 from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
@@ -105,7 +105,7 @@ class ContinualLearner:
     @property
     def forward_passes(self) -> int:
         """Backbone passes per image at inference."""
-        return self.method.forward_passes
+        return self.method.passes
 
     def learn(self, dataset: Dataset[Any], name: str | None = None) -> TaskRecord:
         """Learns a task from labelled images; nothing of them is kept but statistics.
@@ -198,14 +198,8 @@ class ContinualLearner:
                 "the model answers with what is no number: it is damaged, or an image is; teach it again, or "
                 "restore it from a copy."
             )
-        number = {name: i for i, name in enumerate(self.classes)}
-        rows = [(t, number[c]) for t, task in enumerate(self.tasks) for c in task.classes]
-        return Outputs(
-            **found,
-            row_task=torch.tensor([t for t, _ in rows]),
-            row_class=torch.tensor([c for _, c in rows]),
-            readout=self.method.answer,
-        )
+        row_task, row_class = rows_of(self.tasks, self.classes)
+        return Outputs(**found, row_task=row_task, row_class=row_class, readout=self.method.answer)
 
     def evaluate(self, dataset: Dataset[Any]) -> Evaluation:
         """Accuracy on labelled images, over all and per task; the model is not told which task they are of.
@@ -223,7 +217,7 @@ class ContinualLearner:
         labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
         latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
-        return evaluation(outputs, labels, true_task, [task.name for task in self.tasks])
+        return evaluation(outputs, labels, true_task, self.classes, [task.name for task in self.tasks])
 
     def predict(self, images: Any, top: int = 3) -> list[Prediction]:
         """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.

@@ -153,7 +153,7 @@ def _train(
     config, fabric = method.config, machine.fabric
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     parallel.copy_from_first(trained)
-    epochs = epochs_for(config, len(data))
+    epochs = epochs_for(config, len(data), task.index)
     plain, schedule = make_optimizer(groups, config, math.ceil(len(data) / config.batch_size), epochs)
     optimizer: Any = fabric.setup_optimizers(plain)
 

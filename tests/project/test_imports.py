@@ -35,6 +35,7 @@ ORDER = (
     "forgetting",
     "learner",
     "export",
+    "explaining",
     "runs",
     "teaching",
     "serving",

@@ -67,7 +67,7 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     # Files go first: a value on the command line wins over any file, wherever it stands.
     texts = [text for config in configs for text in ("--config", json.dumps(config, default=str))]
     if any("\\u0000" in text for text in texts):
-        raise DualLoRAError("a --config file has a NUL character in a value, which no name may have: leave it out")
+        raise DualLoRAError("a --config file has a NUL character in a value: leave it out")
     try:
         namespace = parser.parse_args([*texts, *words])
     except ArgumentError as error:

@@ -171,7 +171,8 @@ def _expected_minutes(images: TrainingImages, learner: ContinualLearner) -> floa
             start = time.perf_counter()
             learner.backbone(batch).cpu()
             seconds.append(time.perf_counter() - start)
-    epochs = epochs_for(learner.config, len(images.train)) if len(images.train.classes) > 1 else 0
+    trained = len(images.train.classes) > 1
+    epochs = epochs_for(learner.config, len(images.train), len(learner.tasks)) if trained else 0
     passes = 2 + _STEP * epochs  # one before and one after training, and the training steps
     computing = min(seconds) / _SAMPLE * len(images.train) * passes
     return (computing + images.seconds * (2 + epochs)) / 60
