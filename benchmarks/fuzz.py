@@ -49,8 +49,6 @@ SECONDS, WAITING = 20.0, 300.0
 MEGABYTES = 3000
 """Of memory that the process may have taken at any moment, the libraries and the model included."""
 
-_TIMERS = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, WAITING))
-
 _WORDS = [
     *("", "-", "--", "---x", "--config", "--config=", "--help", "--seed", "--seed=-1", "--epochs", "nan"),
     *("--stream", "digits", "/dev/zero", "/proc/self/mem", "--method", "--method=sora", "--method.rank"),
@@ -215,7 +213,8 @@ def one(check: Callable[[], str]) -> str:
     def hang(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    for timer, number, seconds in _TIMERS:
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, WAITING))
+    for timer, number, seconds in timers:
         signal.signal(number, hang)
         signal.setitimer(timer, seconds)
     try:
@@ -227,7 +226,7 @@ def one(check: Callable[[], str]) -> str:
     except Exception:
         return f"TRACEBACK ({traceback.format_exc()[-600:]})"
     finally:
-        for timer, _, _ in _TIMERS:
+        for timer, _, _ in timers:
             signal.setitimer(timer, 0)
 
 

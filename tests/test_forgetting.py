@@ -28,7 +28,7 @@ from duallora.storage import checkpoint
 from duallora.streams.task import as_task_dataset, concatenated
 from duallora.teaching.take_back import relearned
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 
 SEVERAL = [name for name in METHODS if not METHODS[name].method.all_at_once]
 MORE = Patterns(["hen", "ibex"], 6, 7)

@@ -35,6 +35,7 @@ from duallora.outputs import Outputs
 from duallora.predictions import class_probabilities
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.parametrize("name", METHODS),
     pytest.mark.filterwarnings("ignore:.*no direction is left"),
 ]

@@ -17,6 +17,8 @@ from duallora.runs.results import MEASURED
 from duallora.runtime.progress import Progress
 from duallora.storage import checkpoint
 
+pytestmark = pytest.mark.slow
+
 QUIET = Progress(quiet=True)
 CONFIG = {"method": {"name": "means"}, "seed": 0, "sizes": (1, 2)}
 
