@@ -239,7 +239,7 @@ class Method:
 
         Args:
             first: field ``first_adapted_layer``.
-            make: d -> the update, see :class:`BesideMLP`; called in the order of the layers. It is saved
+            make: d -> the update, see :class:`.BesideMLP`; called in the order of the layers. It is saved
                 under ``mlp`` and the layer.
         """
         layers = adapted_layers(self.backbone, first)
