@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
-ADDED_FIELDS = frozenset({"optimizer", "schedule", "weight_decay", "min_steps"})
-"""Fields that came after the first published results, which were made at what is the default."""
+ADDED_FIELDS = {"optimizer": "adam", "schedule": "cosine", "weight_decay": 0.0, "min_steps": 0}
+"""Fields that came after the first published results, with the values at which those were made."""
 
 
 RETIRED_FIELDS = frozenset({"orthogonal_update"})
@@ -22,7 +22,8 @@ class MethodConfig:
 
     Attributes:
         epochs: passes over a task's training images.
-        min_steps: optimiser steps that a task gets at least, by further passes: few images need as many.
+        min_steps: optimiser steps that a task gets at least, by further passes: few images need as many. On
+            a command line or in a file, 0 where ``epochs`` is named and this is not.
         batch_size: images per optimiser step.
         head_learning_rate: learning rate of the heads.
         optimizer: adam, adamw, or sgd with momentum .9.
@@ -42,7 +43,7 @@ class MethodConfig:
     )
 
     epochs: int = 4
-    min_steps: int = 0
+    min_steps: int = 100
     batch_size: int = 32
     head_learning_rate: float = 5e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
