@@ -11,10 +11,13 @@ BIN := $(VENV)/bin
 OUT ?= $(shell out=runs/digits; n=1; while [ -e $$out/results.json ]; do \
 	n=$$((n + 1)); out=runs/digits-$$n; done; echo $$out)
 
-# Two files of tests at a time; a file's tests stay together, because they share what one of them has learned.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two files of tests at a time, those that take longest first; a file's tests stay together, because they share
+# what one of them has learned.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run lint check test clean
+SITE := build/site
+
+.PHONY: run lint check test docs serve-docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed-report
@@ -23,6 +26,7 @@ run: $(VENV)/.installed-report
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src tests benchmarks tools
 	$(BIN)/mypy --strict src/
 
 check: lint
@@ -31,8 +35,16 @@ check: lint
 test: lint
 	$(PYTEST) --durations=15
 
+# Strict: a link, a reference or an annotation that leads nowhere ends the build.
+docs: $(VENV)/.installed-test
+	$(BIN)/sphinx-build -W --keep-going -q -c docs/site -b html -d build/doctrees . $(SITE)
+	@echo "the site: $(SITE)/index.html"
+
+serve-docs: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory $(SITE) 8008
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build
 
 $(BIN)/python:
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 or newer with venv was found; install one \

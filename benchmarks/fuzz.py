@@ -43,8 +43,8 @@ from duallora.serving.limits import Limits
 from duallora.serving.model_watch import ModelWatch
 from duallora.streams.table import read_table
 
-SECONDS = 20.0
-"""Of computing, after which an input counts as one that hangs."""
+SECONDS, WAITING = 20.0, 300.0
+"""Of computing and of waiting, after which an input counts as one that hangs."""
 
 MEGABYTES = 3000
 """Of memory that the process may have taken at any moment, the libraries and the model included."""
@@ -157,6 +157,7 @@ class Fuzzer:
         pool = [*_WORDS, str(self.model), str(self.data)]
         words = self.rng.choices(pool, k=self.rng.randrange(7))
         if verb in _LONG:
+            words = [word for word in words if word != "--"]  # after which nothing is an option
             words.insert(self.rng.randrange(len(words) + 1), "--there-is-no-such-option")
         self.given = [verb, *words]
         return self._called(self.given)
@@ -212,8 +213,10 @@ def one(check: Callable[[], str]) -> str:
     def hang(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    signal.signal(signal.SIGPROF, hang)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, WAITING))
+    for timer, number, seconds in timers:
+        signal.signal(number, hang)
+        signal.setitimer(timer, seconds)
     try:
         return check()
     except DualLoRAError as error:
@@ -223,7 +226,8 @@ def one(check: Callable[[], str]) -> str:
     except Exception:
         return f"TRACEBACK ({traceback.format_exc()[-600:]})"
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer, _, _ in timers:
+            signal.setitimer(timer, 0)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -248,6 +252,7 @@ def fuzz(number: int, seed: int, keep: Path | None = None) -> tuple[Counter[tupl
     with tempfile.TemporaryDirectory(prefix="duallora-fuzz-") as folder:
         fuzzer = Fuzzer(Path(folder), random.Random(seed))
         before = listing(Path(folder))
+        begin = time.monotonic()
         with fuzzer.serving():
             kinds = list(fuzzer.checks().items())
             for turn in range(number):
@@ -263,6 +268,8 @@ def fuzz(number: int, seed: int, keep: Path | None = None) -> tuple[Counter[tupl
                     print(faults[-1], f"\n    input: {str(fuzzer.given)[:300]}", flush=True)
                     if keep is not None:
                         (keep / f"{seed}-{turn}-{kind}").write_bytes(_bytes(fuzzer.given))
+                if (turn + 1) % 1000 == 0:
+                    print(f"{turn + 1:,} inputs in {time.monotonic() - begin:.0f} s", flush=True)
     return counts, faults
 
 

@@ -1,7 +1,7 @@
 """Makes the pictures of `docs/app.md`: teaches handwritten digits on the page and photographs its views.
 
     python tools/app_pictures.py                 # docs/images/app-*.png
-    python tools/app_pictures.py --all FOLDER    # also in dark mode and in a narrow window, to look at
+    python tools/app_pictures.py --all FOLDER    # also at other widths, light and dark, to look at
 
 It needs the extra `app`, playwright, and Debian's chromium.
 """
@@ -26,33 +26,36 @@ from sklearn.datasets import load_digits
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LESSONS = (("three", "five", "nine"), ("one", "two", "eight"))
-WIDE, NARROW = {"width": 1060, "height": 800}, {"width": 390, "height": 800}
+WIDTH, HEIGHT, WIDTHS = 1060, 800, (360, 800, 1400)
+COLOURS = 128  # of a picture in the documents: flat areas and text need no more
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "images"
-TASKS = ("teach", "learned", "try", "look")
 
 
 def main() -> None:
     """Runs the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", type=Path, help="folder for the views in dark mode and in a narrow window")
+    parser.add_argument("--all", type=Path, help="folder for the views in all widths, light and dark")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         images = write_digits(Path(folder) / "digits")
         expect.set_options(timeout=200_000)
         with running(Path(folder) / "numbers") as address, sync_playwright() as playwright:
             browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-dev-shm-usage"]
+                executable_path=shutil.which("chromium"),
+                args=["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"],
             )
-            page = browser.new_page(viewport=WIDE, color_scheme="light")
-            for name in TASKS:
-                VIEWS[name](page, address, images)
-                save(page, DOCS / f"app-{name}.png")
-                for kind in ("dark", "narrow", "narrow-dark") if arguments.all else ():
-                    page.set_viewport_size(NARROW if "narrow" in kind else WIDE)
-                    dark(page, "dark" in kind)
-                    save(page, arguments.all / f"{name}-{kind}.png")
-                page.set_viewport_size(WIDE)
+            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+            page.set_default_timeout(200_000)
+            for name, view in VIEWS.items():
+                view(page, address, images)
+                save(page, DOCS / f"app-{name}.png", COLOURS)
+                for width in WIDTHS if arguments.all else ():
+                    page.set_viewport_size({"width": width, "height": HEIGHT})
+                    for mode in ("light", "dark"):
+                        dark(page, mode == "dark")
+                        save(page, arguments.all / f"{name}-{width}-{mode}.png")
                 dark(page, False)
+                page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
             browser.close()
 
 
@@ -85,9 +88,14 @@ def running(model: Path) -> Iterator[str]:
         process.wait()
 
 
+def start(page: Page, address: str, images: Path) -> None:
+    """The view Teach of a model that knows nothing yet, with its example."""
+    page.goto(address)
+    page.get_by_role("button", name="Teach the example").wait_for()
+
+
 def teach(page: Page, address: str, images: Path) -> None:
     """The view Teach with a second lesson that is checked and not yet learned."""
-    page.goto(address)
     add(page, images, LESSONS[0])
     page.get_by_role("button", name="Learn", exact=True).click()
     expect(page.locator("#learned")).to_contain_text("is learned")
@@ -112,8 +120,8 @@ def attempt(page: Page, address: str, images: Path) -> None:
     page.locator("#picture input[type=file]").set_input_files(str(images / "nine" / "nine-14.png"))
     expect(page.locator("#answer")).to_contain_text("Familiarity")
     some = [images / name / f"{name}-1{number}.png" for number, name in enumerate(("one", "two", "four"))]
-    page.locator("#try-files input[type=file]").set_input_files([str(path) for path in some])
-    page.wait_for_timeout(500)
+    page.locator("#try-images input[type=file]").set_input_files([str(path) for path in some])
+    expect(page.locator("#try-images .field-said")).to_contain_text("ready")
     page.get_by_role("button", name="Answer all").click()
     expect(page.locator("#answers")).to_contain_text("3 images answered")
 
@@ -128,7 +136,9 @@ def add(page: Page, images: Path, names: tuple[str, ...]) -> None:
     """Adds classes and waits for the check."""
     for name in names:
         page.get_by_label("Class name").fill(name)
-        page.locator("#class-folder").get_by_label("Path: a folder").fill(str(images / name))
+        files = [str(file) for file in sorted((images / name).iterdir())]
+        page.locator("#class-images input[type=file]").set_input_files(files)
+        expect(page.locator("#class-images .field-said")).to_contain_text("ready")
         page.get_by_role("button", name="Add class").click()
         expect(page.locator("#check")).to_contain_text(name)
 
@@ -139,15 +149,15 @@ def dark(page: Page, on: bool) -> None:
     page.wait_for_timeout(200)
 
 
-def save(page: Page, file: Path) -> None:
-    """Photographs the whole page."""
+def save(page: Page, file: Path, colours: int = 0) -> None:
+    """Photographs the whole page, in at most so many colours."""
     file.parent.mkdir(parents=True, exist_ok=True)
     page.wait_for_timeout(300)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    picture.save(file, optimize=True)
+    (picture.quantize(colours) if colours else picture).save(file, optimize=True)
 
 
-VIEWS = {"teach": teach, "learned": learned, "try": attempt, "look": look}
+VIEWS = {"start": start, "teach": teach, "learned": learned, "try": attempt, "look": look}
 
 if __name__ == "__main__":
     main()

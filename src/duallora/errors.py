@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+LONGEST = 2500
+"""Characters of a message."""
+
 
 class DualLoRAError(Exception):
-    """What the user asked for cannot be done; the message says why and what to do instead."""
+    """What the user asked for cannot be done; the message says why and what to do instead.
+
+    Args:
+        message: names and contents of the user's files may be in it, so what would break the line or steer a
+            terminal is escaped, and what is longer than a screen is cut.
+    """
 
     exit_code: int = 2
+
+    def __init__(self, message: str) -> None:
+        printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:LONGEST])
+        super().__init__(printable + ("" if len(message) <= LONGEST else " ... (cut)"))
 
 
 class CheckFailed(DualLoRAError):

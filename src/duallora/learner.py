@@ -27,11 +27,13 @@ from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.config import RETIRED_FIELDS
 from duallora.methods.duallora import DualLoRAConfig
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord, rows_of
 from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
+from duallora.sharing.local import local_folder
+from duallora.sharing.place import own_folder
 from duallora.storage import checkpoint
 from duallora.storage.soundness import check
 from duallora.streams.names import hint_at_case
@@ -43,12 +45,12 @@ class ContinualLearner:
     """A pre-trained Vision Transformer that learns new tasks and keeps no old images.
 
     Args:
-        backbone: ``"embedded"``, the full tag of a timm ViT, or a loaded :class:`Backbone`.
-        method: configuration of the method, for instance :class:`DualLoRAConfig`.
+        backbone: ``"embedded"``, the full tag of a timm ViT, or a loaded :class:`.Backbone`.
+        method: configuration of the method, for instance :class:`.DualLoRAConfig`.
         seed: keys every random draw, with the task, the epoch and the sample.
         backbone_file: local ``.safetensors`` file with the backbone's weights.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; or a :class:`Machine`, for several processes
-            and everything else of :class:`Compute`.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; or a :class:`.Machine`, for several processes
+            and everything else of :class:`.Compute`.
         augment: ``"crop,flip"``, ``"crop"`` or ``"none"``.
         progress: where to report; the default is silent.
         features: of the bare backbone, for methods that read them; they change no result.
@@ -105,7 +107,7 @@ class ContinualLearner:
     @property
     def forward_passes(self) -> int:
         """Backbone passes per image at inference."""
-        return self.method.forward_passes
+        return self.method.passes
 
     def learn(self, dataset: Dataset[Any], name: str | None = None) -> TaskRecord:
         """Learns a task from labelled images; nothing of them is kept but statistics.
@@ -198,14 +200,8 @@ class ContinualLearner:
                 "the model answers with what is no number: it is damaged, or an image is; teach it again, or "
                 "restore it from a copy."
             )
-        number = {name: i for i, name in enumerate(self.classes)}
-        rows = [(t, number[c]) for t, task in enumerate(self.tasks) for c in task.classes]
-        return Outputs(
-            **found,
-            row_task=torch.tensor([t for t, _ in rows]),
-            row_class=torch.tensor([c for _, c in rows]),
-            readout=self.method.answer,
-        )
+        row_task, row_class = rows_of(self.tasks, self.classes)
+        return Outputs(**found, row_task=row_task, row_class=row_class, readout=self.method.answer)
 
     def evaluate(self, dataset: Dataset[Any]) -> Evaluation:
         """Accuracy on labelled images, over all and per task; the model is not told which task they are of.
@@ -223,7 +219,7 @@ class ContinualLearner:
         labels = torch.tensor([self.classes.index(names[t]) for t in data.targets])
         latest = {name: t for t, task in enumerate(self.tasks) for name in task.classes}
         true_task = torch.tensor([latest[self.classes[label]] for label in labels.tolist()])
-        return evaluation(outputs, labels, true_task, [task.name for task in self.tasks])
+        return evaluation(outputs, labels, true_task, self.classes, [task.name for task in self.tasks])
 
     def predict(self, images: Any, top: int = 3) -> list[Prediction]:
         """Says what is on each image: PIL images, tensors (CHW, uint8 or float in [0, 1]) or paths.
@@ -283,7 +279,7 @@ class ContinualLearner:
             DualLoRAError: if another process is writing there, or has written since this learner was loaded,
                 or the disk is full.
         """
-        with checkpoint.exclusive(Path(path)):
+        with checkpoint.exclusive(own_folder(path)):
             self.commit(Path(path))
 
     def commit(self, folder: Path) -> None:
@@ -320,7 +316,7 @@ class ContinualLearner:
         """Loads a saved learner; it predicts, and goes on learning, exactly as the one that was saved.
 
         Args:
-            path: the folder.
+            path: the folder, or ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION`` on the hub.
             device: where to compute, as for a new one.
             progress: where to report; the default is silent.
             backbone: the frozen backbone, if it cannot be loaded by its name.
@@ -330,7 +326,7 @@ class ContinualLearner:
         Raises:
             DualLoRAError: if the folder holds no sound model, or the backbone is another than the model's.
         """
-        folder = Path(path)
+        folder = local_folder(path)
         manifest, tensors = checkpoint.read(folder)
         return cls.restored(folder, manifest, tensors, device, progress, backbone, features, exact_readouts)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from duallora.runtime import parallel
@@ -53,6 +54,16 @@ class TaskRecord:
         """Whether the task has been taken back; what is left is its place in the order."""
         return not self.classes
 
+    def figures(self, number: int) -> dict[str, float]:
+        """What of it a logger shows, by name.
+
+        Args:
+            number: of the task, from 1.
+        """
+        found = {"norm/orthogonal": self.orthogonal_norm, "norm/residual": self.residual_norm}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {"task": float(number), "stored MB": self.stored_bytes / 1e6, **known}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self) | {"classes": list(self.classes)}
@@ -67,6 +78,13 @@ def free_name(base: str, taken: Collection[str]) -> str:
     """A name for a task: ``base``, with a number from 2 on where a task of that name is there."""
     numbered = (f"{base} {number}" for number in itertools.count(2))
     return next(name for name in itertools.chain([base], numbered) if name not in taken)
+
+
+def rows_of(tasks: Sequence[TaskRecord], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Task and class of each row, both (R,): a row is a class of a task, in the order of learning."""
+    number = {name: i for i, name in enumerate(classes)}
+    rows = [(t, number[name]) for t, task in enumerate(tasks) for name in task.classes]
+    return torch.tensor([t for t, _ in rows]), torch.tensor([c for _, c in rows])
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,25 @@ class TaskAccuracy:
 
 
 @dataclass(frozen=True)
+class Mistake:
+    """A wrong answer.
+
+    Attributes:
+        index: of the image in its data set.
+        true: its class.
+        answer: the class that it was given.
+        probability: of the answer.
+        probability_of_true: of the true class.
+    """
+
+    index: int
+    true: str
+    answer: str
+    probability: float
+    probability_of_true: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Accuracy on labelled images.
 
@@ -127,6 +164,7 @@ class Evaluation:
         task_confusion: T x T counts, row = task of the true class, column = task that ``predict`` names.
         calibration_error: expected calibration error of the top class probability, 15 equal-width bins.
         images: number of images.
+        mistakes: every wrong answer, the surest first.
     """
 
     accuracy: float
@@ -134,6 +172,7 @@ class Evaluation:
     task_confusion: tuple[tuple[int, ...], ...]
     calibration_error: float | None
     images: int
+    mistakes: tuple[Mistake, ...] = ()
 
 
 @dataclass(frozen=True)

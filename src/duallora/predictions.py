@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from duallora.classifiers.log_probabilities import sum_rows
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskAccuracy
+from duallora.outputs import Evaluation, Mistake, Outputs, Prediction, TaskAccuracy
 
 if TYPE_CHECKING:
     from duallora.methods import BatchOutputs
@@ -159,16 +159,20 @@ def predictions(
     return found
 
 
-def evaluation(outputs: Outputs, labels: Tensor, true_task: Tensor, tasks: Sequence[str]) -> Evaluation:
+def evaluation(
+    outputs: Outputs, labels: Tensor, true_task: Tensor, classes: Sequence[str], tasks: Sequence[str]
+) -> Evaluation:
     """How right the answers for n images are.
 
     Args:
         outputs: of the images.
         labels: (n,) true class indices, as in ``outputs.row_class``.
         true_task: (n,) task of the true class.
+        classes: names of all classes, in the order of ``outputs.row_class``.
         tasks: names of all tasks, in their order.
     """
-    confidence, found = best(class_probabilities(outputs))
+    probabilities = class_probabilities(outputs)
+    confidence, found = best(probabilities)
     _, found_task = best(task_probabilities(outputs, len(tasks)))
     right, count = found == labels, len(tasks)
     confusion = torch.bincount(true_task * count + found_task, minlength=count**2).reshape(count, count)
@@ -182,7 +186,20 @@ def evaluation(outputs: Outputs, labels: Tensor, true_task: Tensor, tasks: Seque
         task_confusion=tuple(tuple(row) for row in confusion.tolist()),
         calibration_error=calibration_error(confidence, right),
         images=len(right),
+        mistakes=_mistakes(probabilities, found, labels, classes),
     )
+
+
+def _mistakes(
+    probabilities: Tensor, found: Tensor, labels: Tensor, names: Sequence[str]
+) -> tuple[Mistake, ...]:
+    """The wrong answers for n images, the surest first, among equals in the order of the images."""
+    wrong = [
+        Mistake(i, names[int(true)], names[int(c)], float(p[c]), float(p[true]))
+        for i, (p, c, true) in enumerate(zip(probabilities, found, labels, strict=True))
+        if c != true
+    ]
+    return tuple(sorted(wrong, key=lambda each: -each.probability))
 
 
 def as_document(prediction: Prediction, unknown_below: float | None = None) -> dict[str, Any]:

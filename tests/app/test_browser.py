@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
 import time
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,106 +13,14 @@ import pytest
 pytest.importorskip("gradio", reason="the extra app is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from app_page import CONTRAST, FOCUSED, LONG, Page
-from app_tools import ARGUMENTS, CHROMIUM, NO_CHROMIUM, files_below, running_app
+from app_page import CONTRAST, FOCUSED, Page
+from app_tools import CHROMIUM, NO_CHROMIUM, files_below
 from command_line import images
 from playwright import sync_api
-
-from duallora.cli import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 HOSTILE = '<img src=x onerror="document.title=1">${1+1}'
-sync_api.expect.set_options(timeout=LONG)
-
-# Name of what has the focus, and whether it looks other than without.
-
-# Texts that stand out from what is behind them by less than 4.5 to 1 (WCAG AA); disabled ones may.
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = images(tmp_path_factory.mktemp("pictures"), ["ash", "beech", "cedar", "dahlia"], 10)
-    (folder / "ash" / "broken.png").write_bytes(b"no image")
-    (folder / "beech" / "same.png").write_bytes((folder / "ash" / "000.png").read_bytes())
-    with zipfile.ZipFile(folder / "more.zip", "w") as archive:
-        for name in ("cedar", "dahlia"):
-            for file in sorted((folder / name).iterdir()):
-                archive.write(file, f"more/{name}/{file.name}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=LONG)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the program keeps what the browser sends."""
-    return tmp_path_factory.mktemp("copies")
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """A model that has learned ash and beech in one lesson."""
-    folder, model = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("taught") / "trees"
-    for name in ("ash", "beech"):
-        shutil.copytree(
-            pictures / name, folder / name, ignore=shutil.ignore_patterns("broken.png", "same.png")
-        )
-    words = ["learn", str(model), str(folder), "--name", "ash, beech", "--epochs", "1", "--device", "cpu"]
-    assert main(words) == 0
-    return model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the page shows."""
-    return tmp_path_factory.mktemp("app") / "trees"
-
-
-@pytest.fixture(scope="module")
-def address(model: Path, copies: Path) -> Iterator[tuple[str, str]]:
-    environment = {"TMPDIR": str(copies), "OMP_NUM_THREADS": "1"}
-    with running_app(model, "--epochs", "1", environment=environment) as (address, token, _):
-        yield address, token
-
-
-@pytest.fixture
-def page(browser: sync_api.Browser, address: tuple[str, str], model: Path, taught: Path) -> Iterator[Page]:
-    """The page of a model that knows ash and beech, whatever other tests have done."""
-    shutil.rmtree(model, ignore_errors=True)
-    shutil.copytree(taught, model)
-    with opened(browser, address) as page:
-        yield page
-
-
-@pytest.fixture
-def first_page(
-    browser: sync_api.Browser, address: tuple[str, str], model: Path, copies: Path
-) -> Iterator[Page]:
-    """The page before anything was taught, and without copies of what was sent to others."""
-    shutil.rmtree(model, ignore_errors=True)
-    with opened(browser, address) as page:
-        page.becomes(lambda: files_below(copies), [], "copies of closed pages")
-        yield page
-
-
-@contextmanager
-def opened(browser: sync_api.Browser, address: tuple[str, str]) -> Iterator[Page]:
-    place, token = address
-    context = browser.new_context(viewport={"width": 1100, "height": 900})
-    page = Page(context.new_page(), place)
-    page.open(token)
-    assert "token" not in page.page.url
-    yield page
-    elsewhere = [url for url in page.asked if not url.startswith((place, "data:", "blob:"))]
-    context.close()
-    assert elsewhere == [] and page.wrong == []
 
 
 def test_the_whole_path(first_page: Page, pictures: Path, copies: Path) -> None:
@@ -184,7 +88,7 @@ def test_a_folder_is_answered_as_a_table_and_a_file(page: Page, pictures: Path, 
     page.tab("Try")
     page.page.get_by_role("button", name="Answer all").click()
     page.says("#answers", "Not done", "there are no images")
-    page.page.locator("#try-folder").get_by_label("Path: a folder").fill(str(pictures / "ash"))
+    page.path("try", pictures / "ash")
     page.page.get_by_role("button", name="Answer all").click()
     page.says("#answers", "10 images answered; 1 file could not be read", "000.png")
     assert page.page.locator("#answers tbody tr").count() == 10
@@ -194,8 +98,8 @@ def test_a_folder_is_answered_as_a_table_and_a_file(page: Page, pictures: Path, 
     with (tmp_path / "predictions.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 10 and {line["class"] for line in lines} == {"ash"}
-    page.choose("#try-files", [pictures / "more.zip"])
-    page.page.locator("#try-folder").get_by_label("Path: a folder").fill("")
+    page.choose("#try-images", [pictures / "more.zip"])
+    page.path("try", "")
     page.page.get_by_role("button", name="Answer all").click()
     page.says("#answers", "20 images answered.")
 
@@ -203,31 +107,40 @@ def test_a_folder_is_answered_as_a_table_and_a_file(page: Page, pictures: Path, 
 def test_a_chosen_folder_brings_its_classes(page: Page, pictures: Path) -> None:
     folder = images(pictures.parent / "leaves", ["linden", "maple"], 3)
     (folder / ".hidden").write_text("not sent")
+    page.page.locator("#class-otherwise button").first.click()
     for _ in range(2):  # the field is emptied, and takes the same folder again
-        page.page.locator("#class-chosen input").set_input_files(str(folder))
-        page.says("#class-chosen", "6 files ready")
+        page.page.locator("#class-folder input").set_input_files(str(folder))
+        page.says("#class-folder", "6 files ready: 000.png, 001.png and 4 more")
         page.page.get_by_role("button", name="Add class").click()
         page.says("#check", "2 classes, 6 images", "linden", "maple")
-        sync_api.expect(page.page.locator("#class-chosen .folder-said")).to_have_text("")
+        sync_api.expect(page.page.locator("#class-folder .field-said")).to_have_text("")
         page.page.get_by_label("Class to take out").click()
         page.page.get_by_role("option", name="linden").click()
-        page.page.get_by_role("button", name="Take out").click()
+        page.page.get_by_role("button", name="Take out", exact=True).click()
         page.says("#check", "1 class, 3 images")
         page.page.get_by_label("Class to take out").click()
         page.page.get_by_role("option", name="maple").click()
-        page.page.get_by_role("button", name="Take out").click()
+        page.page.get_by_role("button", name="Take out", exact=True).click()
         page.says("#check", "No class yet")
+
+
+def test_what_was_chosen_can_be_taken_out_again(page: Page, pictures: Path) -> None:
+    page.choose("#class-images", [pictures / "ash" / "000.png"])
+    page.page.locator("#class-images").get_by_role("button", name="Take these out").click()
+    page.says("#class-images .field-said", "Taken out")
+    page.page.get_by_role("button", name="Add class").click()
+    page.says("#intake-said", "no file to add")
 
 
 def test_what_is_no_image_gives_a_sentence(page: Page, pictures: Path, tmp_path: Path) -> None:
     page.tab("Try")
     page.try_one(pictures / "ash" / "broken.png", "Not done", "broken.png is not an image")
     page.tab("Teach")
-    page.page.locator("#class-folder").get_by_label("Path: a folder").fill(str(tmp_path / "nowhere"))
+    page.path("class", tmp_path / "nowhere")
     page.page.get_by_role("button", name="Add class").click()
     page.says("#intake-said", "does not exist")
     (tmp_path / "no.zip").write_bytes(b"no zip")
-    page.page.locator("#class-folder").get_by_label("Path: a folder").fill("")
+    page.path("class", "")
     page.add("", [tmp_path / "no.zip"])
     page.says("#intake-said", "damaged or no zip archive")
 
@@ -256,15 +169,16 @@ def test_a_hostile_name_is_shown_as_it_is_and_forgotten(page: Page, pictures: Pa
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_narrow_windows_and_both_modes(page: Page, theme: str) -> None:
-    page.page.set_viewport_size({"width": 390, "height": 800})
+def test_windows_of_all_widths_in_both_modes(page: Page, theme: str) -> None:
     page.open(f"?__theme={theme}")
+    assert page.page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
     for tab in ("Teach", "Try", "Look"):
         page.tab(tab)
-        page.page.wait_for_timeout(300)
-        page.becomes(lambda: page.page.evaluate("document.documentElement.scrollWidth <= 390"), True, tab)
+        for width in (360, 800, 1400):
+            page.page.set_viewport_size({"width": width, "height": 800})
+            fits = "document.documentElement.scrollWidth <= window.innerWidth"
+            page.becomes(lambda fits=fits: page.page.evaluate(fits), True, f"{tab} at {width}")
         page.becomes(lambda: page.page.evaluate(CONTRAST), [], tab)
-    assert page.page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
 
 
 def test_every_control_has_a_name_and_headings_are_in_order(page: Page) -> None:
@@ -292,9 +206,8 @@ def test_the_keyboard_reaches_everything_in_order_and_shows_where_it_is(page: Pa
     wanted = [
         "Teach",
         "Class name",
-        "Files: images or a zip",
-        "Folder: the browser",
-        "Path: a folder",
+        "Images of the class",
+        "A whole folder instead",
         "Add class",
         "Name of the lesson",
     ]

@@ -27,7 +27,7 @@ from duallora.methods.lora import LoRAConfig
 from duallora.runtime.compute import Compute, Machine
 
 # Synthetic tasks take more directions than a narrow layer has.
-pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 
 CLASSES, TASKS = 10, (1, 10, 50)
 CONFIGS = {

@@ -50,8 +50,8 @@ def test_the_documentation_names_every_option(verb: str) -> None:
     verbs = (
         [verb, "run"] if verb in ("compare", "reproduce") else [verb]
     )  # these name the options of run as such
-    parts = [text.split(f"\n## `duallora {each}", 1)[1].split("\n## ", 1)[0] for each in verbs]
-    section = "".join([text.split("\n## ", 1)[0], *parts])
+    headings = ["Options of every command", *(f"`duallora {each}" for each in verbs)]
+    section = "".join(text.split(f"\n## {each}", 1)[1].split("\n## ", 1)[0] for each in headings)
     for action in build_parser(verb, COMMANDS[verb])._actions:
         for name in action.option_strings or [str(action.metavar).removesuffix("...")]:
             assert f"`{name}" in section or name.startswith("--method."), name

@@ -70,7 +70,7 @@ class Page:
         self.page.goto(self.address + query)
         self.page.get_by_role("heading", name="Teach new classes").wait_for()
         self.page.locator("#status p").first.wait_for()  # what is drawn when the page has been loaded
-        self.page.locator("#class-files button[aria-label^=Files]").wait_for()  # by the page's own script
+        self.page.locator("#class-images input").wait_for(state="attached")
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
@@ -89,12 +89,19 @@ class Page:
 
     def add(self, name: str, files: list[Path]) -> None:
         self.page.get_by_label("Class name").fill(name)
-        self.choose("#class-files", files)
+        self.choose("#class-images", files)
         self.page.get_by_role("button", name="Add class").click()
 
     def choose(self, where: str, files: list[Path]) -> None:
         self.page.locator(f"{where} input[type=file]").set_input_files([str(file) for file in files])
-        sync_api.expect(self.page.locator(f"{where} .file-preview tr, {where} img")).not_to_have_count(0)
+        self.says(f"{where} .field-said", f"{len(files)} file", "ready")
+
+    def path(self, name: str, folder: Path | str) -> None:
+        """Types the path of a folder, behind the line that opens."""
+        field = self.page.locator(f"#{name}-path input, #{name}-path textarea").first
+        if not field.is_visible():
+            self.page.locator(f"#{name}-otherwise button").first.click()
+        field.fill(str(folder))
 
     def learn(self, *parts: str) -> None:
         button = self.page.get_by_role("button", name="Learn", exact=True)

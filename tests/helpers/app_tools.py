@@ -15,7 +15,7 @@ from pathlib import Path
 ENTRY = "from duallora.cli import main; raise SystemExit(main())"
 CHROMIUM = shutil.which("chromium")
 # A container's shared memory may be too small for what Chromium puts there.
-ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage"]
+ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"]
 NO_CHROMIUM = "no chromium: install Debian's package chromium"
 
 

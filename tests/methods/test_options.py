@@ -27,7 +27,7 @@ from duallora.methods.config import MethodConfig
 from duallora.methods.ranpac import RanPACConfig
 from duallora.outputs import Outputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 
 DEPTH = 3  # adapters in layers 1 and 2, so that a gate at every layer is not the gate at the first one
 LOGS = ("heads", "calibrated", "task_posterior", "features", "gate")
@@ -60,6 +60,7 @@ CASES: list[Case] = [
     ({}, {"learning_rate": 1e-2}, EVERYTHING),
     ({}, {"head_learning_rate": 1e-2}, EVERYTHING),
     ({}, {"epochs": 2}, EVERYTHING),
+    ({}, {"first_epochs": 2}, EVERYTHING),
     ({}, {"min_steps": 5}, EVERYTHING),
     ({}, {"batch_size": 5}, EVERYTHING),
     ({}, {"optimizer": "adamw"}, ()),

@@ -19,6 +19,8 @@ from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.commands.configs import read_config
 from duallora.methods import Batch
 
+pytestmark = pytest.mark.slow
+
 # -- all three ------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -23,6 +26,7 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> Any:
     spec.loader.exec_module(module)
     # Where two test processes and others share the machine, memory and time say little of one input.
     monkeypatch.setattr(module, "SECONDS", 300.0)
+    monkeypatch.setattr(module, "WAITING", 1800.0)
     return module
 
 
@@ -47,4 +51,6 @@ def test_a_fault_is_seen(fuzz: Any) -> None:
     assert fuzz.one(broken).startswith("TRACEBACK")
     fuzz.SECONDS = 0.2
     assert fuzz.one(endless) == "HANG"
+    fuzz.WAITING = 0.2
+    assert fuzz.one(lambda: str(time.sleep(300))) == "HANG"
     assert fuzz.one(lambda: "answered") == "answered"

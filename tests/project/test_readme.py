@@ -1,8 +1,8 @@
-"""The examples of the README run as they stand there, on generated folders of tiny images.
+"""The examples of the README and the list of commands run as they stand there, on folders of tiny images.
 
-Run are the fenced blocks marked ``python``, ``sh`` and ``console``. Others are not: ``make run`` and
-``make test`` install an environment. What differs from the README is that every ``duallora run``, ``compare``
-and ``bench`` is followed by options that make it small (whole, they take minutes), and that the speed of
+Run are the README's blocks marked ``python`` and ``sh``, and those marked ``sh`` and ``console`` under "At a
+glance" in ``docs/commands.md``. ``make run`` and ``make test`` are not: they install an environment. Every
+``duallora run``, ``compare`` and ``bench`` is followed by options that make it small, and the speed of
 inference is timed on a few images only.
 """
 
@@ -26,14 +26,16 @@ from duallora.cli import VERBS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+GLANCE = COMMANDS.split("## At a glance")[1].split("\n## ")[0]
 SMALLER = ["--epochs", "1"]
 SMALLER_DIGITS = [*SMALLER, "--train-per-class", "4", "--classes", "4", "--tasks", "2"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def command_lines(block: str) -> list[str]:
@@ -77,28 +79,39 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 130
+
+
 @pytest.mark.slow
 def test_python_block(here: Path) -> None:
-    write_classes(here / "images/flowers", 0, classes=20, images=5)
+    write_classes(here / "images/pets", 0, classes=2, images=5)
+    write_classes(here / "images/birds", 12, classes=2, images=5)
     (block,) = blocks("python")
     assert len(block.splitlines()) <= 15
     printed, names = io.StringIO(), {"__name__": "readme"}
     with redirect_stdout(printed):
         exec(compile(block, "README.md", "exec"), names)
-    assert len(names["learner"].tasks) == 10 and len(names["learner"].classes) == 20
-    tasks = [line.split()[1] for line in printed.getvalue().splitlines()]
-    assert tasks[:10] == [str(number) for number in range(1, 11)]
-    assert (here / "flowers/model.json").exists()
+    assert len(names["learner"].tasks) == 2 and len(names["learner"].classes) == 4
+    assert len(printed.getvalue().splitlines()) == 2
+    assert (here / "animals/model.json").exists()
+
+
+@pytest.mark.slow
+def test_the_readmes_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(here / "images/pets", 0, classes=2, images=12)
+    write_classes(here / "images/birds", 12, classes=2, images=12)
+    for line in command_lines(blocks("sh")[0]):
+        assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
 
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_at_a_glance(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classes(here / "images/pets", 0, classes=2, images=12)
     write_classes(here / "images/birds", 12, classes=2, images=12)
-    lines = command_lines(blocks("sh")[0])
-    verbs = {words_of(line)[0] for line in lines}
-    assert verbs == set(VERBS) - {"app", "serve"}  # which do not end by themselves
+    lines = [line for block in blocks("sh", GLANCE) for line in command_lines(block)]
+    assert {words_of(line)[0] for line in lines} == set(VERBS) - {"app", "serve"}  # which do not end
     for line in lines:
         assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
     assert {"results.json", "report.md", "predictions.csv", "model"} <= {
@@ -108,24 +121,13 @@ def test_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"compare.csv", "compare.md", "compare.html"} <= compared
 
 
-@pytest.mark.slow
-def test_commands_of_the_measurements(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_classes(here / "IMAGES/train", 0, classes=20, images=1)
-    write_classes(here / "IMAGES/val", 0, classes=20, images=1)
-    lines = [line for block in blocks("sh")[1:] for line in command_lines(block)]
-    assert lines
-    for line in lines:
-        assert main(words_of(line)) == 0, f"{line}: {capsys.readouterr().err}"
-        assert Path(line.split("--out ")[1], "results.json").exists()
-
-
 @pytest.mark.process
 def test_the_example_of_a_request(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     write_classes(here / "images/pets", 0, classes=2, images=4)
     assert main(["learn", "pets", "images/pets", "--epochs", "1"]) == 0, capsys.readouterr().err
-    serve, answer, ask = command_lines(blocks("console")[0])
+    serve, answer, ask = command_lines(blocks("console", GLANCE)[0])
     assert serve.startswith("$ duallora ") and ask.startswith("$ curl ")
     entry = "from duallora.cli import main; raise SystemExit(main())"
     words = [sys.executable, "-u", "-c", entry, *serve.split()[2:], "--port", "0"]

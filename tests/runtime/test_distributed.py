@@ -120,9 +120,10 @@ sys.exit(main())
 
 @pytest.mark.process
 def test_the_whole_digits_run_is_that_of_one_process(tmp_path: Path) -> None:
-    assert main([*RUN, "--out", str(tmp_path / "one")]) == 0
+    words = [*RUN, "--epochs", "3", "--train-per-class", "30"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
     (tmp_path / "quick.py").write_text(QUICK)
-    finished(torchrun(*RUN, "--out", str(tmp_path / "two"), entry=(str(tmp_path / "quick.py"),)))
+    finished(torchrun(*words, "--out", str(tmp_path / "two"), entry=(str(tmp_path / "quick.py"),)))
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
         for x, y in zip(a, b, strict=True):

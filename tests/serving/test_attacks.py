@@ -27,6 +27,8 @@ from duallora.serving.limits import Limits
 ENTRY = "from duallora.cli import main; raise SystemExit(main())"
 HANGING = """
 from PIL import PngImagePlugin
+
+pytestmark = pytest.mark.slow
 def load(self):
     while True: pass
 PngImagePlugin.PngImageFile.load = load

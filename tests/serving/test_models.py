@@ -34,6 +34,8 @@ from duallora.serving.limits import Limits
 from duallora.serving.model_watch import ModelWatch, ServedModel
 from duallora.storage import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(call: Call, tmp_path: Path) -> Path:

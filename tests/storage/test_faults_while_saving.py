@@ -18,6 +18,8 @@ from saved_generations import assert_clean, generation_of, names, save
 from duallora.errors import DualLoRAError
 from duallora.storage import checkpoint
 
+pytestmark = pytest.mark.slow
+
 FORK = multiprocessing.get_context("fork")
 
 

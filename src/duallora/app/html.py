@@ -109,13 +109,20 @@ def matrix(caption: str, names: Sequence[str], cells: Sequence[Sequence[float | 
     return _scrolling(caption, f'<th scope="col">after</th>{head}', body)
 
 
-def progress(label: str, finished: int, total: int) -> str:
-    """A progress bar; without a total it only shows that something is going on."""
+def progress(label: str, finished: int, total: int, left: str = "") -> str:
+    """A progress bar; without a total it only shows that something is going on.
+
+    Args:
+        label: what is going on.
+        finished: steps.
+        total: steps; 0 where it is not known.
+        left: how long it still takes, in words.
+    """
     values = f' value="{finished}" max="{total}"' if total else ""
     count = f": {finished} of {total}" if total else ""
     return (
         f'<div class="progress"><progress aria-label="{text(label)}"{values}></progress>'
-        f"<span>{text(label)}{count}</span></div>"
+        f"<span>{text(label)}{count}{text(left and f', {left}')}</span></div>"
     )
 
 

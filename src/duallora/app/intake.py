@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,18 +113,33 @@ class Draft:
         return [seen.path for own in list(self.files.values()) for seen in list(own)]
 
     def add(self, given: Sequence[Sequence[Found]], name: str, read: Read = read_image) -> list[str]:
-        """Sorts files into classes and looks at them.
+        """As :meth:`adding`, at once."""
+        steps = self.adding(given, name, read)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                notes: list[str] = end.value
+                return notes
+
+    def adding(
+        self, given: Sequence[Sequence[Found]], name: str, read: Read = read_image
+    ) -> Generator[tuple[int, int], None, list[str]]:
+        """Sorts files into classes and looks at them; they are added at the end, all or none.
 
         Args:
             given: files; each sequence is a zip, a folder, or the loose files of one drop.
             name: of the class; where a zip or a folder has several class folders, these are the names.
             read: decodes a file.
 
+        Yields:
+            How many files were looked at, and how many there are.
+
         Returns:
             Notes for the user, one sentence each.
 
         Raises:
-            DualLoRAError: the files cannot be sorted; nothing was added then.
+            DualLoRAError: the files cannot be sorted.
         """
         notes: list[str] = []
         sorted_files: dict[str, list[Found]] = defaultdict(list)
@@ -134,12 +149,17 @@ class Draft:
         if not sorted_files:
             raise DualLoRAError("there is no file to add; choose images, a zip, or a folder.")
         check_class_names(list(sorted_files))
-        for class_name, own in sorted_files.items():
-            known = {seen.path for seen in self.files.get(class_name, [])}
-            seen = [Seen.at(found, read) for found in own if found.path not in known]
-            with self._lock:
-                self.files.setdefault(class_name, []).extend(seen)
-                self._changes += 1
+        known = {(own_name, seen.path) for own_name, own in self.files.items() for seen in own}
+        every = [(own_name, found) for own_name, own in sorted_files.items() for found in own]
+        new = [(own_name, found) for own_name, found in every if (own_name, found.path) not in known]
+        looked: dict[str, list[Seen]] = {own_name: [] for own_name in sorted_files}
+        for done, (own_name, found) in enumerate(new):
+            yield done, len(new)
+            looked[own_name].append(Seen.at(found, read))
+        with self._lock:
+            for own_name, seen in looked.items():
+                self.files.setdefault(own_name, []).extend(seen)
+            self._changes += 1
         return notes
 
     def remove(self, name: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
+from duallora.app.time_left import Clock, TimeLeft, in_words
 from duallora.errors import DualLoRAError
 from duallora.runtime.progress import Progress
 
@@ -27,6 +29,7 @@ MOST_SHOWN = 24
 """Mistaken images that are shown."""
 
 _EDGE = 160  # pixels of a shown image's longer side
+_PART = re.compile(r"(\d+)/(\d+)$")  # of a label: one of so many parts, which all take about as long
 
 
 class Stopped(DualLoRAError):
@@ -80,16 +83,33 @@ class Taught:
 class Watched(Progress):
     """Progress that another thread looks at.
 
+    Args:
+        clock: seconds that pass.
+
     Attributes:
         label: what is being done.
         done: steps of it that are behind.
         total: steps of it; 0 while unknown.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         super().__init__(quiet=True)
         self.label, self.done, self.total = "reading the model", 0, 0
         self.stopping = threading.Event()
+        self._clock, self._stage, self._passed = clock, TimeLeft(clock), 0.0
+
+    @property
+    def left(self) -> str:
+        """How long it still takes, in words; empty while that is not known.
+
+        Epochs are counted together. After them all images are looked at once more, which takes as long as
+        the look before them.
+        """
+        share, part = self.done / max(self.total, 1), _PART.search(self.label)
+        if part is None:
+            return in_words(self._stage.seconds(share), "this step")
+        seconds = self._stage.seconds((int(part[1]) - 1 + share) / int(part[2]))
+        return in_words(None if seconds is None else seconds + self._passed)
 
     def begin(self, label: str) -> None:
         """Names what follows; its length is not known.
@@ -99,6 +119,9 @@ class Watched(Progress):
         """
         if self.stopping.is_set():
             raise Stopped("stopped; the model is as it was.")
+        if _PART.sub("", label) != _PART.sub("", self.label):
+            self._passed = self._stage.passed if self.total else 0.0
+            self._stage = TimeLeft(self._clock)
         self.label, self.done, self.total = label, 0, 0
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:

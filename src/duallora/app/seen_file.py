@@ -49,17 +49,29 @@ class Seen:
         except OSError as error:
             return cls(found.path, name, "", f"it could not be read ({error.strerror or error})")
         try:
-            if not is_image_name(found.path):
-                kind = kind_of_file(found.path)
-                raise DualLoRAError(
-                    f"it is {kind}, which is not read here: {remedy(kind)}"
-                    if kind
-                    else "it is not an image by its name"
-                )
-            image = read(found.path)
+            image = opened(found.path, read)
         except DualLoRAError as error:
-            return cls(found.path, name, digest, str(error).removeprefix(f"{found.path} "))
+            return cls(found.path, name, digest, str(error))
         return cls(found.path, name, digest, None, difference_hash(image), thumbnail(image))
+
+
+def opened(path: Path, read: Read = read_image) -> Image.Image:
+    """An image file, decoded.
+
+    Raises:
+        DualLoRAError: why it cannot be read; the sentence does not name the file.
+    """
+    if not is_image_name(path):
+        kind = kind_of_file(path)
+        raise DualLoRAError(
+            f"it is {kind}, which is not read here: {remedy(kind)}"
+            if kind
+            else "it is not an image by its name"
+        )
+    try:
+        return read(path)
+    except DualLoRAError as error:
+        raise DualLoRAError(str(error).removeprefix(f"{path} ")) from error
 
 
 def difference_hash(image: Image.Image) -> np.ndarray | None:

@@ -7,19 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from duallora.app.answers import Answer, answers
 from duallora.app.intake import Check
 from duallora.app.lesson_thread import Taught, Teaching, Watched, outcome
 from duallora.app.undo_question import Step, first_lesson, lesson_name, quoted, step_back
 from duallora.app.uploads import Uploads
 from duallora.data.decoding import Decoders
 from duallora.errors import DualLoRAError
-from duallora.predictions import as_document, predictions, task_probabilities
 from duallora.storage import checkpoint
 from duallora.storage.regular import read_text
 from duallora.training import EVALUATION_BATCH
@@ -32,21 +29,6 @@ if TYPE_CHECKING:
 _DECODERS = 2  # processes; each handler of the page decodes one image at a time
 _LAST_STEP = 3  # seconds that the end waits for a lesson
 NOTHING_LEARNED = "the model has learned nothing yet; teach it something first."
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says of one image.
-
-    Attributes:
-        record: as ``duallora predict --json`` gives it.
-        weights: task and weight, of those that are not forgotten, in the order in which they were learned.
-        gated: whether these are the weights of residual adapters; else how probable each task is.
-    """
-
-    record: dict[str, Any]
-    weights: tuple[tuple[str, float], ...]
-    gated: bool
 
 
 class Session:
@@ -127,35 +109,29 @@ class Session:
 
     # -- asking ----------------------------------------------------------------------------------------------
 
+    def model(self) -> ServedModel:
+        """As :meth:`newest`.
+
+        Raises:
+            DualLoRAError: nothing was learned yet, or the model cannot be read.
+        """
+        model = self.newest()
+        if model is None:
+            raise DualLoRAError(NOTHING_LEARNED)
+        return model
+
     def ask(self, paths: Sequence[Path], top: int = 3, unknown_below: float | None = None) -> list[Answer]:
         """What is on each image; while a lesson runs, the state before it answers.
 
         Raises:
             DualLoRAError: nothing was learned yet, or an image cannot be read.
         """
-        model = self.newest()
-        if model is None:
-            raise DualLoRAError(NOTHING_LEARNED)
-        found: list[Answer] = []
+        model, found = self.model(), list[Answer]()
         for start in range(0, len(paths), EVALUATION_BATCH):
-            found += self._ask(model, paths[start : start + EVALUATION_BATCH], top, unknown_below)
+            some = paths[start : start + EVALUATION_BATCH]
+            images = [model.preprocess(self.decoders.read(path)) for path in some]
+            found += answers(model, images, [path.name for path in some], top, unknown_below)
         return found
-
-    def _ask(
-        self, model: ServedModel, paths: Sequence[Path], top: int, unknown_below: float | None
-    ) -> list[Answer]:
-        learner = model.learner
-        images = torch.stack([model.preprocess(self.decoders.read(path)) for path in paths])
-        outputs = learner.outputs_of([images])
-        names = [task.name for task in learner.tasks]
-        said = predictions(outputs, learner.classes, names, [path.name for path in paths], top)
-        gated = outputs.gate is not None
-        weights = outputs.gate if outputs.gate is not None else task_probabilities(outputs, len(names))
-        there = [t for t, task in enumerate(learner.tasks) if not task.forgotten]
-        return [
-            Answer(as_document(p, unknown_below), tuple((names[t], float(row[t])) for t in there), gated)
-            for p, row in zip(said, weights, strict=True)
-        ]
 
     # -- changing --------------------------------------------------------------------------------------------
 
@@ -211,6 +187,11 @@ class Session:
             self._changing.release()
             raise
         return self.teaching
+
+    def stop(self) -> None:
+        """Ends the lesson that runs, if one does, at its next step."""
+        if self.teaching is not None and self.teaching.running:
+            self.teaching.stop()
 
     def _learn(self, parts: Any, name: str, progress: Watched) -> Taught:
         from duallora.teaching.lesson import Lesson

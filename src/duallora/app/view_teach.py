@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from duallora.app import html
-from duallora.app.folder_picker import FILES, PATH, chosen, folder_picker
+from duallora.app.image_field import ImageFields, chosen
 from duallora.app.intake import Check
 from duallora.app.lesson_thread import Teaching
 from duallora.app.reports import check_report, lesson_report
 from duallora.app.shell import PRIVATE, Shell, sentences
 from duallora.app.undo import Undo
+from duallora.app.view_example import Example
 from duallora.app.visitors import Visitor
+from duallora.app.watching import moments, watched
 from duallora.errors import DualLoRAError
 
-_POLL = 0.25  # seconds between two looks at a lesson
 _ABOUT = (
     "Give every new class a name and images of it. The images stay on this computer: copies that the "
     "browser sent are deleted once they are learned, when this page closes, and when the program ends. The "
@@ -35,6 +35,7 @@ class Teach:
 
     def __init__(self, shell: Shell) -> None:
         self.shell, self.session = shell, shell.session
+        self.example = Example(shell)
         gr.HTML(html.heading(2, "Teach new classes") + html.paragraph(_ABOUT, "aside"))
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300):
@@ -53,23 +54,9 @@ class Teach:
             max_lines=1,
             elem_id="class-name",
         )
-        gr.HTML(html.paragraph("And its images, in one of three ways:"))
-        self.files = gr.File(
-            label=FILES,
-            file_count="multiple",
-            file_types=["image", ".zip"],
-            height=150,
-            elem_id="class-files",
-            elem_classes=["upload"],
-        )
-        self.chosen = folder_picker("class-chosen")
-        self.folder = gr.Textbox(
-            label=PATH,
-            placeholder="/home/me/pictures/robin",
-            max_lines=1,
-            elem_id="class-folder",
-        )
+        self.fields = ImageFields.make("Images of the class", "class", "/home/me/pictures/robin")
         self.add = gr.Button("Add class", elem_id="add-class")
+        self.reading = gr.HTML(elem_id="intake-progress")
         self.said = gr.HTML(elem_id="intake-said", elem_classes=["said"])
 
     def _lesson(self) -> None:
@@ -88,12 +75,17 @@ class Teach:
         self.stage = gr.HTML(elem_id="learn-said", elem_classes=["said", "unseen"])
         self.result = gr.HTML(elem_id="learned", elem_classes=["said"])
 
-    def connect(self) -> None:
-        """Joins buttons and handlers, once all views are there."""
+    def connect(self, tabs: Any, picture: Any) -> None:
+        """Joins buttons and handlers, once all views are there.
+
+        Args:
+            tabs: of the views.
+            picture: field of the view Try.
+        """
         drafted = [self.said, self.check, self.removal, self.which, self.learn]
-        given = [self.name, self.files, self.chosen, self.folder]
-        for event in (self.add.click, self.name.submit, self.folder.submit):
-            event(self.on_add, given, [*drafted, *given], preprocess=False, **PRIVATE)
+        given = [self.name, *self.fields.all]
+        for event in (self.add.click, self.name.submit, self.fields.path.submit):
+            event(self.on_add, given, [*drafted, *given, self.reading], **PRIVATE)
         self.remove.click(self.on_remove, self.which, drafted, **PRIVATE)
         self.learning = [self.result, self.progress, self.stage, self.stop, self.lesson, *drafted]
         self.learn.click(self.on_learn, self.lesson, self.learning, concurrency_limit=None, **PRIVATE).then(
@@ -101,19 +93,26 @@ class Teach:
         )
         self.stop.click(self.on_stop, None, self.stage, **PRIVATE)
         self.undo.connect()
+        self.example.connect(tabs, picture)
 
-    @sentences(9)
-    def on_add(self, name: str, files: Any, folder: str, path: str, request: gr.Request) -> list[Any]:
+    @sentences(10)
+    def on_add(
+        self, name: str, images: str, folder: str, path: str, request: gr.Request
+    ) -> Iterator[list[Any]]:
         """Sorts what was given into classes; the fields are emptied where that went well."""
-        visitor = self.shell.visitors.of(request.session_hash)
+        visitor, skip = self.shell.visitors.of(request.session_hash), gr.skip()
         before = set(visitor.draft.files)
-        payload = [*(files or []), *chosen(folder)]
-        with self.shell.visitors.given(visitor, payload, path or "") as given:
-            notes = visitor.draft.add(given, name or "", self.session.decoders.read)
+        try:
+            with self.shell.visitors.given(visitor, chosen(images, folder), path or "") as given:
+                steps = visitor.draft.adding(given, name or "", self.session.decoders.read)
+                notes = yield from watched(steps, "Reading the images", lambda bar: [skip] * 9 + [bar])
+        except Exception:
+            yield [skip] * 9 + [""]
+            raise
         new = [each for each in visitor.draft.files if each not in before]
         told = f"{', '.join(new)} added." if new else "The images were added to their classes."
         said = html.done(told) + "".join(html.paragraph(note) for note in notes)
-        return [said, *self.drafted(visitor), "", None, "", ""]
+        yield [said, *self.drafted(visitor), "", "", "", "", ""]
 
     @sentences(5)
     def on_remove(self, which: str | None, request: gr.Request) -> list[Any]:
@@ -172,22 +171,13 @@ class Teach:
             visitor: who looks on.
             name: what the field for the lesson's name holds once it is learned.
         """
-        last, skip = None, gr.skip()
-        while teaching.running:
-            progress = teaching.progress
-            stage = html.paragraph(f"{teaching.name}: {progress.label}") if progress.label != last else skip
-            first = last is None
-            bar = html.progress(f"{teaching.name}: {progress.label}", progress.done, progress.total)
-            last = progress.label
-            yield [
-                "" if first else skip,
-                bar,
-                stage,
-                gr.update(visible=True) if first else skip,
-                *([skip] * 5),
-                gr.update(interactive=False),
-            ]
-            time.sleep(_POLL)
+        skip, begun = gr.skip(), False
+        for moment in moments(teaching):
+            stage = skip if moment.stage is None else moment.stage
+            first = ["", moment.bar, stage, gr.update(visible=True)]
+            later = [skip, moment.bar, stage, skip]
+            yield [*(later if begun else first), *([skip] * 5), gr.update(interactive=False)]
+            begun = True
         if teaching.taught is None:
             told = html.error(teaching.error or "the lesson ended without a result; the model is as it was.")
             yield [told, "", "", gr.update(visible=False), skip, skip, *self.drafted(visitor)]
@@ -197,6 +187,5 @@ class Teach:
 
     def on_stop(self) -> str:
         """Ends a lesson at its next step."""
-        if self.session.teaching is not None and self.session.busy:
-            self.session.teaching.stop()
+        self.session.stop()
         return html.paragraph("Stopping.")

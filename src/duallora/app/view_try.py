@@ -1,28 +1,30 @@
-"""The view Try: what is on one picture, and on a folder of them."""
+"""The view Try: what is on one picture, before the camera, and on a folder of pictures."""
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from duallora.app import html
-from duallora.app.folder_picker import FILES, PATH, chosen, folder_picker
-from duallora.app.seen_file import Seen
-from duallora.app.session import NOTHING_LEARNED, Answer
-from duallora.app.shell import PRIVATE, Shell, count, sentences
+from duallora.app.answer_report import BELOW, DOUBTFUL, shown, table
+from duallora.app.answers import answers
+from duallora.app.camera import Camera
+from duallora.app.image_field import ImageFields, chosen
+from duallora.app.seen_file import opened
+from duallora.app.shell import PRIVATE, Shell, sentences
 from duallora.app.uploads import Found
+from duallora.app.view_example import Offer, knows_example
+from duallora.app.watching import Steps, watched
 from duallora.data.images import is_image_name
 from duallora.data.unreadable import left_out
 from duallora.errors import DualLoRAError
-from duallora.predictions import as_csv
+from duallora.training import EVALUATION_BATCH
 
 _TOP = 5
-_MOST_ROWS = 500
 _MOST_IMAGES = 5_000
-_BELOW = 0.2
-_DOUBTFUL = 0.5  # by the formula of the familiarity, 95 of 100 images of the classes taught lie above
+_NO_PICTURE = "Drop, choose or paste a picture, and what the model says of it stands here."
 
 
 class Try:
@@ -37,62 +39,57 @@ class Try:
         gr.HTML(html.heading(2, "Try a picture"))
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
-                self.picture = gr.Image(
-                    label="Picture",
-                    sources=["upload", "webcam", "clipboard"],
-                    type="filepath",
-                    image_mode=None,
-                    height=300,
-                    buttons=[],
-                    elem_id="picture",
-                    elem_classes=["upload"],
-                )
-                self.below = gr.Slider(
-                    0,
-                    1,
-                    value=_BELOW,
-                    step=0.05,
-                    label="Unknown below a familiarity of",
-                    info=f"Answers above it and below {_DOUBTFUL} are called doubtful. 0 never says unknown.",
-                    buttons=[],
-                    elem_id="unknown-below",
-                )
+                self._one()
             with gr.Column(scale=1, min_width=280):
-                self.answer = gr.HTML(
-                    html.paragraph("Drop, choose, paste or photograph a picture."),
-                    elem_id="answer",
-                    elem_classes=["said"],
-                )
-        gr.HTML(html.heading(2, "Try a folder"))
-        with gr.Row(equal_height=False):
-            self.files = gr.File(
-                label=FILES,
-                file_count="multiple",
-                file_types=["image", ".zip"],
-                height=150,
-                elem_id="try-files",
-                elem_classes=["upload"],
-            )
-            with gr.Column(min_width=280):
-                self.chosen = folder_picker("try-chosen")
-                self.folder = gr.Textbox(
-                    label=PATH,
-                    placeholder="/home/me/pictures",
-                    max_lines=1,
-                    elem_id="try-folder",
-                )
-                self.go = gr.Button("Answer all", elem_id="answer-all")
+                self.answer = gr.HTML(html.paragraph(_NO_PICTURE), elem_id="answer", elem_classes=["said"])
+        gr.HTML(html.heading(2, "Try the camera"))
+        self.camera = Camera(self.session)
+        gr.HTML(html.heading(2, "Try many pictures"))
+        self.fields = ImageFields.make("Images to answer", "try", "/home/me/pictures")
+        self.go = gr.Button("Answer all", elem_id="answer-all")
+        self.reading = gr.HTML(elem_id="answers-progress")
         self.answers = gr.HTML(elem_id="answers", elem_classes=["said"])
+
+    def _one(self) -> None:
+        self.picture = gr.Image(
+            label="Picture",
+            sources=["upload", "clipboard"],
+            type="filepath",
+            image_mode=None,
+            height=300,
+            buttons=[],
+            placeholder="Drop a picture here, or click to choose one",
+            elem_id="picture",
+            elem_classes=["upload"],
+        )
+        with self.shell.follows(gr.Column(visible=False, elem_id="example-offer"), self._knows_example):
+            gr.HTML(html.paragraph("Or try one of these drawings, which the model has not seen:"))
+            self.offer = Offer(self.shell, "offer-more")
+        self.below = gr.Slider(
+            0,
+            1,
+            value=BELOW,
+            step=0.05,
+            label="Unknown below a familiarity of",
+            info=f"Answers above it and below {DOUBTFUL} are called doubtful. 0 never says unknown.",
+            buttons=[],
+            elem_id="unknown-below",
+        )
 
     def connect(self) -> None:
         """Joins inputs and handlers."""
         one = [self.picture, self.below]
         self.picture.change(self.on_picture, one, self.answer, preprocess=False, **PRIVATE)
         self.below.release(self.on_picture, one, self.answer, preprocess=False, **PRIVATE)
-        many = [self.files, self.chosen, self.folder, self.below]
-        working = {**PRIVATE, "show_progress": "minimal"}
-        for event in (self.go.click, self.folder.submit):
-            event(self.on_many, many, [self.answers, self.files, self.chosen], preprocess=False, **working)
+        self.offer.connect(self.picture)
+        self.camera.connect(self.picture)
+        many = [*self.fields.all, self.below]
+        shown_in = [self.answers, self.fields.images, self.fields.folder, self.reading]
+        for event in (self.go.click, self.fields.path.submit):
+            event(self.on_many, many, shown_in, **PRIVATE)
+
+    def _knows_example(self) -> Any:
+        return gr.update(visible=knows_example(self.session.classes()))
 
     @sentences(1)
     def on_picture(self, payload: dict[str, Any] | None, below: float, request: gr.Request) -> str:
@@ -100,7 +97,7 @@ class Try:
         visitor = self.shell.visitors.of(request.session_hash)
         path = self.shell.visitors.show(visitor, payload or None)
         if not payload or path is None:
-            return html.paragraph("Drop, choose, paste or photograph a picture.")
+            return html.paragraph(_NO_PICTURE)
         name = str(payload.get("orig_name") or path.name)
         try:
             self.session.decoders.read(path)
@@ -109,18 +106,24 @@ class Try:
         (answer,) = self.session.ask([path], _TOP, float(below))
         return shown(answer, float(below))
 
-    @sentences(3)
-    def on_many(self, files: Any, folder: str, path: str, below: float, request: gr.Request) -> list[Any]:
+    @sentences(4)
+    def on_many(
+        self, images: str, folder: str, path: str, below: float, request: gr.Request
+    ) -> Iterator[list[Any]]:
         """A table and a CSV file of many pictures."""
-        if self.session.newest() is None:
-            raise DualLoRAError(NOTHING_LEARNED)
-        visitor = self.shell.visitors.of(request.session_hash)
-        payload = [*(files or []), *chosen(folder)]
-        with self.shell.visitors.given(visitor, payload, path or "") as given:
-            return [self.answered([each for source in given for each in source], float(below)), None, ""]
+        self.session.model()
+        visitor, skip = self.shell.visitors.of(request.session_hash), gr.skip()
+        try:
+            with self.shell.visitors.given(visitor, chosen(images, folder), path or "") as given:
+                steps = self.answering([each for source in given for each in source], float(below))
+                told = yield from watched(steps, "Answering", lambda bar: [skip, skip, skip, bar])
+        except Exception:
+            yield [skip, skip, skip, ""]
+            raise
+        yield [told, "", "", ""]
 
-    def answered(self, found: list[Found], below: float) -> str:
-        """The table about some files.
+    def answering(self, found: list[Found], below: float) -> Steps[str]:
+        """The table about some files, step by step.
 
         Raises:
             DualLoRAError: there are none, or too many.
@@ -138,85 +141,26 @@ class Try:
                 f"these are {len(found):,} images, more than {_MOST_IMAGES:,}; `duallora predict` takes any "
                 "number."
             )
-        seen = [Seen.at(each, self.session.decoders.read) for each in found]
-        good = [(each.name, s.path) for each, s in zip(found, seen, strict=True) if s.reason is None]
-        bad = [(each.name, s.reason) for each, s in zip(found, seen, strict=True) if s.reason is not None]
-        answers = self.session.ask([path for _, path in good], 3, below) if good else []
-        records = [a.record | {"path": name} for a, (name, _) in zip(answers, good, strict=True)]
-        return _many(records, bad) + (html.paragraph(f"{left_out(others)}.") if others else "")
+        records, bad = yield from self._asked(found, below)
+        return table(records, bad) + (html.paragraph(f"{left_out(others)}.") if others else "")
 
-
-def shown(answer: Answer, below: float) -> str:
-    """An answer about one picture, as HTML."""
-    record = answer.record
-    familiarity = 1 - record["unknown"]
-    if record["called_unknown"]:
-        first = '<p class="answer">unknown</p>' + html.paragraph(
-            f"It fits nothing that was learned: its familiarity {familiarity:.2f} is below {below:.2f}. The "
-            f"nearest class is {record['top'][0]['class']}."
-        )
-    else:
-        best = f"{record['class']} ({100 * record['probability']:.1f} %)"
-        doubtful = _is_doubtful(record)
-        first = f'<p class="answer">{html.text(best)}{", doubtful" if doubtful else ""}</p>'
-        first += html.paragraph(
-            f"Familiarity {familiarity:.2f}. It may fit nothing that was learned: of 100 images of the "
-            f"classes taught, about 95 lie above {_DOUBTFUL:.2f}."
-            if doubtful
-            else f"Familiarity {familiarity:.2f}."
-        )
-    lesson = html.paragraph(
-        f"Lesson “{record['task']}” (confidence {100 * record['task_confidence']:.1f} %)."
-    )
-    top = [
-        (each["class"], each["probability"], f"{100 * each['probability']:.1f} %") for each in record["top"]
-    ]
-    classes = html.bars("Most probable classes", ("Class", "Probability"), top)
-    return first + lesson + classes + _gate(answer)
-
-
-def _is_doubtful(record: dict[str, Any]) -> bool:
-    return bool(not record["called_unknown"] and 1 - record["unknown"] < _DOUBTFUL)
-
-
-def _gate(answer: Answer) -> str:
-    weights = sorted(answer.weights, key=lambda each: -each[1])[:8]
-    rest = len(answer.weights) - len(weights)
-    others = html.paragraph(f"{count(rest, 'other lesson has', 'other lessons have')} less.") if rest else ""
-    if answer.gated:
-        rows = [(name, w, f"{w:.2f}" if w > 0 else "0, not active") for name, w in weights]
-        return html.bars("Residual adapters that were active", ("Lesson", "Weight"), rows) + others
-    rows = [(name, w, f"{100 * w:.1f} %") for name, w in weights]
-    said = html.paragraph(
-        "This model has no residual adapters; this is how probable each lesson is.", "aside"
-    )
-    return html.bars("Lesson that the picture belongs to", ("Lesson", "Probability"), rows) + others + said
-
-
-def _many(records: list[dict[str, Any]], bad: list[tuple[str, str]]) -> str:
-    told = f"{count(len(records), 'image', 'images')} answered"
-    told += f"; {count(len(bad), 'file', 'files')} could not be read." if bad else "."
-    parts = [html.done(told)]
-    if records:
-        csv = base64.b64encode(as_csv(records)).decode()
-        parts.append(
-            f'<p><a class="file" download="predictions.csv" href="data:text/csv;base64,{csv}">'
-            f"Save all answers as predictions.csv ({count(len(records), 'line', 'lines')})</a></p>"
-        )
-        rows = [
-            [
-                r["path"],
-                f"{r['class']}, doubtful" if _is_doubtful(r) else r["class"],
-                f"{100 * r['probability']:.1f} %",
-                r["task"],
-                f"{100 * r['task_confidence']:.1f} %",
-                f"{1 - r['unknown']:.2f}",
-            ]
-            for r in records[:_MOST_ROWS]
-        ]
-        caption = "Answers" + (f", the first {_MOST_ROWS}" if len(records) > _MOST_ROWS else "")
-        header = ["Image", "Class", "Probability", "Lesson", "Confidence", "Familiarity"]
-        parts.append(html.table(caption, header, rows, (2, 4, 5)))
-    if bad:
-        parts.append(html.listing("Files that could not be read", [f"{name}: {why}" for name, why in bad]))
-    return "".join(parts)
+    def _asked(
+        self, found: list[Found], below: float
+    ) -> Steps[tuple[list[dict[str, Any]], list[tuple[str, str]]]]:
+        """Answers as records, and the unreadable files with the reason; one image is open at a time."""
+        model = self.session.model()
+        records: list[dict[str, Any]] = []
+        bad: list[tuple[str, str]] = []
+        images: list[Any] = []
+        names: list[str] = []
+        for done, each in enumerate(found):
+            yield done, len(found)
+            try:
+                images.append(model.preprocess(opened(each.path, self.session.decoders.read)))
+                names.append(each.name)
+            except DualLoRAError as error:
+                bad.append((each.name, str(error)))
+            if images and (len(images) == EVALUATION_BATCH or done + 1 == len(found)):
+                records += [a.record for a in answers(model, images, names, 3, below)]
+                images, names = [], []
+        return records, bad

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 import gradio as gr
 
+from duallora.app.assets import asset
 from duallora.app.session import Session
 from duallora.app.shell import PRIVATE, Shell
 from duallora.app.view_look import Look
@@ -46,15 +46,16 @@ def build(session: Session) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         shell = Shell(session)
         shell.title()
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Teach", id="teach", elem_id="teach-tab"):
                 teach = Teach(shell)
             with gr.Tab("Try", id="try", elem_id="try-tab"):
                 attempt = Try(shell)
             with gr.Tab("Look", id="look", elem_id="look-tab") as tab:
                 look = Look(shell)
-        for view in (teach, attempt, look):
-            view.connect()
+        teach.connect(tabs, attempt.picture)
+        attempt.connect()
+        look.connect()
         page.load(shell.refresh, None, shell.parts, **PRIVATE)
         page.load(teach.on_load, None, teach.learning, concurrency_limit=None, **PRIVATE).then(
             shell.refresh, None, shell.parts, **PRIVATE
@@ -102,4 +103,4 @@ def theme() -> Any:
 
 def style() -> str:
     """The style sheet."""
-    return (resources.files("duallora.app") / "style.css").read_text(encoding="utf-8")
+    return asset("style.css")

@@ -23,7 +23,7 @@ class Backbone(nn.Module):
 
     Args:
         model: of timm, of a supported family; taken over: its classifier is removed, and its attentions call
-            one fused ``qkv`` layer each (see :mod:`duallora.backbones.fused_qkv`).
+            one fused ``qkv`` layer each (see ``duallora.backbones.fused_qkv``).
         info: where the weights come from and how images are prepared.
 
     Attributes:
@@ -34,6 +34,7 @@ class Backbone(nn.Module):
         row_dim: width of everything that class rows read, the final feature first.
         has_class_token: whether token 0 is a class token.
         num_prefix_tokens: tokens before the patch tokens (class, distillation, registers).
+        grid: rows and columns of the patch tokens.
         pooling: in words, what the final feature is.
         positions: ``"absolute"``, or how every attention places the tokens (``"rotary"``, ``"relative"``).
         plain_qkv: the projections that an adapter has replaced, by layer.
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.feature_dim: int = self.model.num_features
         self.has_class_token = self.model.cls_token is not None
         self.num_prefix_tokens: int = self.model.num_prefix_tokens
+        self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
         self.pooling = describe_pooling(self.model)
         self.positions = positions(self.model)
         self.early = max(1, self.depth // 3)
@@ -122,6 +124,12 @@ class Backbone(nn.Module):
         block = self.model.get_submodule(f"blocks.{layer}")
         block.get_submodule("attn.qkv")(block.get_submodule("norm1")(_joined(found[0])))
 
+    def early_exit(self, images: Tensor, layer: int) -> Tensor:
+        """(B, 3, H, W) -> (B, feature_dim): the final feature as if the model ended after a block."""
+        found = self._through(images, layer, stop_early=True, intermediates_only=True, norm=True)
+        feature: Tensor = self.model.forward_head(_joined(found[0]), pre_logits=True)
+        return feature
+
     def _through(self, images: Tensor, layer: int, **settings: bool) -> Any:
         """A pass that gives the tokens after a block beside its result, or alone."""
         prefix = self.num_prefix_tokens > 0  # EVA cannot give what is not there
@@ -129,6 +137,10 @@ class Backbone(nn.Module):
         return model.forward_intermediates(
             images, indices=[layer], return_prefix_tokens=prefix, output_fmt="NLC", **settings
         )
+
+    def block(self, layer: int) -> Any:
+        """A block; its ``mlp`` may be wrapped."""
+        return self.model.get_submodule(f"blocks.{layer}")
 
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a block; its ``qkv`` may be wrapped."""

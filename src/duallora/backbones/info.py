@@ -24,7 +24,7 @@ class BackboneInfo:
     Attributes:
         name: ``"embedded"``, a timm name with its tag, or ``hf:`` and a Hugging Face name or a folder.
         sha256: of the weight file (embedded, local and Hugging Face), whatever the size of the images;
-            :func:`~duallora.backbones.weight_file.state_sha256` of weights that timm downloaded.
+            ``duallora.backbones.weight_file.state_sha256`` of weights that timm downloaded.
         mean: per RGB channel, of images in [0, 1].
         std: per RGB channel.
         input_size: (channels, height, width).

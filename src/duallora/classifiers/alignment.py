@@ -22,24 +22,27 @@ class Gaussians(ByRow):
 
     Args:
         dim: d, width of the features.
+        heads: whether trained heads are kept; without, refits go on from one another.
 
     Attributes:
-        weight: of the heads as their training left them (R, d); a model saved by an early version lacks them.
+        weight: of the heads as their training left them (R, d), None where they are not kept; a model saved
+            by an early version lacks them.
         bias: likewise (R,).
     """
 
     optional: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, heads: bool = True) -> None:
         super().__init__()
         self.mean: Tensor
         self.register_buffer("mean", torch.zeros(0, dim))
         self.covariance: Tensor
         self.register_buffer("covariance", torch.zeros(0, dim, dim))
+        self._with_heads = heads
         self.weight: Tensor
-        self.register_buffer("weight", torch.zeros(0, dim))
+        self.register_buffer("weight", torch.zeros(0, dim) if heads else None)
         self.bias: Tensor
-        self.register_buffer("bias", torch.zeros(0))
+        self.register_buffer("bias", torch.zeros(0) if heads else None)
 
     def keep(self, head: nn.Module) -> None:
         """Keeps the head that training left the rows of a task."""
@@ -73,12 +76,14 @@ class Gaussians(ByRow):
         """So many rows around zero, for measurements."""
         dim = self.mean.shape[1]
         self.mean, self.covariance = torch.zeros(rows, dim), torch.eye(dim).repeat(rows, 1, 1)
-        self.weight, self.bias = torch.zeros(rows, dim), torch.zeros(rows)
+        if self._with_heads:
+            self.weight, self.bias = torch.zeros(rows, dim), torch.zeros(rows)
 
     def forget(self, kept: Tensor) -> None:
         """Loses rows; ``kept`` (R,), bool, says which stay."""
         self.mean, self.covariance = self.mean[kept], self.covariance[kept]
-        self.weight, self.bias = self.weight[kept], self.bias[kept]
+        if self._with_heads:
+            self.weight, self.bias = self.weight[kept], self.bias[kept]
 
     def move(self, mean: Tensor, jacobian: Tensor) -> None:
         """Rows now lie at ``mean`` (R, d) with covariances ``J S J^T``, J = dy/dx (R, d, d) or (d, d)."""
@@ -98,6 +103,11 @@ class Gaussians(ByRow):
         return factors.float()
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x weight^T + bias`` (n, R)."""
+    return x @ weight.T + bias
+
+
 @torch.enable_grad()
 def refit(
     heads: Heads,
@@ -110,6 +120,7 @@ def refit(
     batch_size: int,
     generator: torch.Generator,
     end: float = 0.0,
+    logits: Callable[[Tensor, Tensor, Tensor], Tensor] = affine,
 ) -> None:
     """Trains all heads together on features drawn from Gaussians, from where they are.
 
@@ -127,6 +138,7 @@ def refit(
         batch_size: samples of all rows in a step, rounded down to equal shares; at least one a row.
         generator: draws the samples.
         end: the share of the learning rate that the cosine ends at.
+        logits: of features (n, d), weight and bias.
     """
     device, rows = heads.device, len(mean)
     each = min(max(batch_size // rows, 1), samples)
@@ -143,7 +155,7 @@ def refit(
         for start in range(0, samples - each + 1, each):
             x = drawn[:, start : start + each].flatten(0, 1)
             steepest.zero_grad()
-            loss(x @ weight.T + bias, target).backward()
+            loss(logits(x, weight, bias), target).backward()
             steepest.step()
             schedule.step()
     with torch.no_grad():

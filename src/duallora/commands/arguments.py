@@ -53,8 +53,22 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         DualLoRAError: Unknown options or values, and unreadable ``--config`` files.
         SystemExit: After ``--help`` and ``--print_config``.
     """
+    if any("\0" in word for word in argv):
+        raise DualLoRAError("an argument has a NUL character in it, which no name may have: leave it out")
     words, files = take_config_files(argv)
-    configs = [read_config(file) for file in files]
+    return _parsed(verb, command, words, [read_config(file) for file in files])
+
+
+def parse_values(verb: str, command: Command, values: dict[str, Any]) -> dict[str, Any]:
+    """Checks values that are there already as those of a ``--config`` file; see `parse`.
+
+    Raises:
+        DualLoRAError: Unknown options or values.
+    """
+    return _parsed(verb, command, [], [values])
+
+
+def _parsed(verb: str, command: Command, words: list[str], configs: list[dict[str, Any]]) -> dict[str, Any]:
     method = None
     if any(_is_choice(hint) for hint in get_type_hints(command).values()):
         words = [_spell_out(word) for word in words]
@@ -65,6 +79,8 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     # Files go first: a value on the command line wins over any file, wherever it stands.
     first = [{"method": {"min_steps": 0}}] if method is not None and _names_epochs(words, configs) else []
     texts = [text for config in (*first, *configs) for text in ("--config", json.dumps(config, default=str))]
+    if any("\\u0000" in text for text in texts):
+        raise DualLoRAError("a --config file has a NUL character in a value: leave it out")
     try:
         namespace = parser.parse_args([*texts, *words])
     except ArgumentError as error:

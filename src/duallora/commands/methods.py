@@ -23,6 +23,7 @@ def methods(*, json: bool = False) -> None:
             "reconstruction": entry.method.reconstruction,
             "stores": entry.method.stores,
             "forward_passes": entry.method.forward_passes,
+            "more_passes": entry.method.more_passes,
         }
         for name, entry in METHODS.items()
     ]
@@ -37,7 +38,7 @@ def methods(*, json: bool = False) -> None:
                 f"{entry['paper']}{' (reconstruction)' if entry['reconstruction'] else ''}",
                 str(entry["summary"]),
                 str(entry["stores"]),
-                str(entry["forward_passes"]),
+                str(entry["more_passes"] or entry["forward_passes"]),
             ]
             for entry in entries
         ],

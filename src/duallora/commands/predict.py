@@ -17,6 +17,7 @@ def predict(
     *,
     top: int = 3,
     unknown_below: float | None = None,
+    explain: Path | None = None,
     out: Path | None = None,
     json: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -25,10 +26,11 @@ def predict(
     """Say what is on images: class, probability, task, confidence, and how unknown they look.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         image: image files and folders of images, which are walked
         top: how many classes are given for each image
         unknown_below: call images unknown whose familiarity (1 - unknown) is below this, from 0 to 1
+        explain: write a picture for each image to DIR, with what spoke for the answer bright
         out: also write a CSV file
         json: print one JSON document
         device: where to compute
@@ -39,15 +41,24 @@ def predict(
     if out is not None and not out.absolute().parent.is_dir():
         raise DualLoRAError(f"the folder of --out {out} does not exist; create it first.")
 
+    from duallora.explaining.explain import METHOD
+    from duallora.explaining.pictures import require_folder, write_explanations
     from duallora.learner import ContinualLearner
     from duallora.predictions import as_csv, as_document
     from duallora.runtime.compute import Compute
     from duallora.storage.atomic import write_atomic
 
     paths = _walk(image)
+    if explain is not None:
+        require_folder(explain, "--explain")
     machine = Compute(device, precision=precision).start()
-    found = ContinualLearner.load(model, device=machine, exact_readouts=False).predict(paths, top=top)
+    learner = ContinualLearner.load(model, device=machine, exact_readouts=False)
+    found = learner.predict(paths, top=top)
     records = [as_document(prediction, unknown_below) for prediction in found]
+    explained = [] if explain is None else write_explanations(learner, paths, explain)
+    for record, each in zip(records, explained, strict=False):
+        record["explanation"] = str(each.picture)
+        record["task_classes"] = list(each.explanation.task_classes)
     if out is not None:
         write_atomic(out, as_csv(records))
     if json:
@@ -68,6 +79,11 @@ def predict(
             for record in records
         ],
     )
+    for record in records if explain is not None else ():
+        taught = ", ".join(record["task_classes"])
+        console.line(f"{record['explanation']}: nearest lesson {record['task']}, which taught {taught}")
+    if explain is not None:
+        console.line(f"bright parts spoke for the answer, by {METHOD}")
 
 
 def _walk(places: list[Path]) -> list[Path]:

@@ -163,25 +163,33 @@ class EvaluationTransform:
         """The view before normalisation: (height, width, 3)."""
         picture = to_pil(image)
         width, height = picture.size
-        if self.squash:
-            size = (self.scaled_width, self.scaled_height)
-        elif width * self.scaled_height >= height * self.scaled_width:
-            size = (int(self.scaled_height * width / height), self.scaled_height)
-        else:
-            size = (self.scaled_width, int(self.scaled_width * height / width))
-        left, upper = round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
+        size, left, upper = self._placed(width, height)
         if max(size) > _LONGEST_STRIP * max(self.scaled_width, self.scaled_height):
             # Only the part that the crop keeps: the same pixels up to rounding, without the memory of all.
-            across, down = width / size[0], height / size[1]
-            right, lower = left + self.width, upper + self.height
-            box = (left * across, upper * down, min(right * across, width), min(lower * down, height))
-            kept = picture.resize((self.width, self.height), self.resampling, box=box)
+            kept = picture.resize((self.width, self.height), self.resampling, box=self.seen(width, height))
             return np.asarray(kept)
         if size != picture.size:
             picture = picture.resize(size, self.resampling)
         if size != (self.width, self.height):
             picture = picture.crop((left, upper, left + self.width, upper + self.height))
         return np.asarray(picture)
+
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of an image that the view shows: left, upper, right and lower edge in pixels."""
+        size, left, upper = self._placed(width, height)
+        across, down = width / size[0], height / size[1]
+        right, lower = min((left + self.width) * across, width), min((upper + self.height) * down, height)
+        return left * across, upper * down, right, lower
+
+    def _placed(self, width: int, height: int) -> tuple[tuple[int, int], int, int]:
+        """Size of the resized image, and where the crop begins in it."""
+        if self.squash:
+            size = (self.scaled_width, self.scaled_height)
+        elif width * self.scaled_height >= height * self.scaled_width:
+            size = (int(self.scaled_height * width / height), self.scaled_height)
+        else:
+            size = (self.scaled_width, int(self.scaled_width * height / width))
+        return size, round((size[0] - self.width) / 2), round((size[1] - self.height) / 2)
 
     def cut(self, picture: Image.Image, box: Box, *, mirror: bool) -> Pixels:
         """Resizes a part of an image to the input size: (height, width, 3)."""

@@ -1,19 +1,4 @@
-"""What a method is: a few hooks around one task, and the readouts that every method has.
-
-Order of the calls for one task::
-
-    prepare(task, loader)      passes without gradients over the evaluation views; opens head and adapters
-      grow(task)               creates the task's parameters; also called, task by task, when state is loaded
-    loss(batch); after_step()  once per optimiser step, on augmented views (skipped for a single class)
-    consolidate(task, loader)  after training: merge, measure, update what is remembered
-    logits(images)             any time: the readouts of a batch, without the task
-      encode(images)           one forward pass: features, and what the method chose for each image
-        extract(images)        the features alone
-      head_logits(encoding)    the heads' logits
-    forget(task, kept)         between tasks: loses classes, or all that is a task's own
-    state() / load_state()     between tasks only; restored() after a load
-    simulate(tasks)            random numbers of the same shapes, for measurements
-"""
+"""What a method is: hooks around one task, called in the order of docs/add-a-method.md, and readouts."""
 
 from __future__ import annotations
 
@@ -27,6 +12,7 @@ from torch.nn import functional as F
 
 from duallora.adapters.lora import Beside, LowRank, put_beside
 from duallora.adapters.per_pass import PerPass
+from duallora.adapters.wrapped_mlp import BesideMLP, put_beside_mlp
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.calibration import calibrate
@@ -66,7 +52,9 @@ class Method:
         adapters: modules that are trained and saved with the method, with those of their parameters that
             take no gradients; by layer as a string where :meth:`attach` put them.
         beside: the wrapped projections by layer, where :meth:`attach` put updates.
-        forward_passes: backbone passes per image at inference.
+        beside_mlp: the wrapped mlps by layer, where :meth:`attach_mlp` put updates.
+        forward_passes: backbone passes per image at inference, of a model with one task.
+        more_passes: in a few words, how they grow with the tasks; empty where they do not.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
@@ -82,6 +70,7 @@ class Method:
     all_at_once: ClassVar[bool] = False
     readout: ClassVar[Literal["heads", "calibrated"]] = "heads"
     forward_passes: ClassVar[int] = 1
+    more_passes: ClassVar[str] = ""
     imprinted: ClassVar[bool] = False
 
     def __init__(
@@ -104,6 +93,7 @@ class Method:
         for name in ("heads", "starts", "rows", "adapters"):
             self.learned.add_module(name, getattr(self, name))
         self.beside: dict[int, Beside] = {}
+        self.beside_mlp: dict[int, BesideMLP] = {}
         self._before: Sequence[Tensor | None] = []
         self.by_row: list[ByRow] = []
         self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
@@ -116,8 +106,13 @@ class Method:
         return 0 < len(self.heads.tasks) == len(self.starts.tasks)
 
     @property
+    def passes(self) -> int:
+        """Backbone passes per image at inference, now."""
+        return self.forward_passes
+
+    @property
     def answer(self) -> Literal["heads", "calibrated"]:
-        """The readout that predictions are read from: plain heads when nothing is calibrated."""
+        """Which readout predictions are read from; plain heads when nothing is calibrated."""
         return "heads" if self.config.calibration == "none" else self.readout
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
@@ -162,11 +157,10 @@ class Method:
         return Encoding(self.extract(images).float())
 
     def extract(self, images: Tensor) -> Tensor:
-        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`Backbone`."""
+        """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`.Backbone`."""
         features: Tensor = self.backbone(images)
         return features
 
-    @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the bare backbone, fp32, from the cache where it has all the images.
 
@@ -196,7 +190,7 @@ class Method:
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Logits of all rows (n, R)."""
-        logits: Tensor = self.heads(encoding.features)
+        logits: Tensor = self.heads(encoding.features) if encoding.logits is None else encoding.logits
         return logits
 
     def after_step(self) -> None:
@@ -219,7 +213,7 @@ class Method:
         Args:
             first: field ``first_adapted_layer``.
             projections: which of ``q``, ``k`` and ``v`` the update adds to.
-            make: (d, columns written) -> the update, see :class:`Beside`; called in the order of the layers.
+            make: (d, columns written) -> the update, see :class:`.Beside`; called in the order of the layers.
         """
         self.beside = put_beside(self.backbone, adapted_layers(self.backbone, first), projections, make)
         self.adapters.update({str(layer): b.update for layer, b in self.beside.items()})
@@ -232,6 +226,18 @@ class Method:
             config.projections,
             lambda dim, out: LowRank(dim, out, config.rank, generator),
         )
+
+    def attach_mlp(self, first: int | None, make: Callable[[int], nn.Module]) -> None:
+        """Puts an update beside the mlp of each adapted layer; it is never merged.
+
+        Args:
+            first: field ``first_adapted_layer``.
+            make: d -> the update, see :class:`BesideMLP`; called in the order of the layers. It is saved
+                under ``mlp`` and the layer.
+        """
+        layers = adapted_layers(self.backbone, first)
+        self.beside_mlp = put_beside_mlp(self.backbone, layers, make)
+        self.adapters.update({f"mlp{layer}": b.update for layer, b in self.beside_mlp.items()})
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -250,6 +256,10 @@ class Method:
 
     @torch.no_grad()
     def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
+        """As :meth:`readouts`, without gradients."""
+        return self.readouts(images, cached=cached)
+
+    def readouts(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
@@ -286,7 +296,7 @@ class Method:
 
         Args:
             task: its index.
-            kept: which of its classes stay (|Y_t|,), bool; some other class of the model always does.
+            kept: which of its classes stay, one bool a class; some other class of the model always does.
         """
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
         for part in self.by_row:

@@ -8,7 +8,13 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
-ADDED_FIELDS = {"optimizer": "adam", "schedule": "cosine", "weight_decay": 0.0, "min_steps": 0}
+ADDED_FIELDS = {
+    "optimizer": "adam",
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+    "min_steps": 0,
+    "first_epochs": None,
+}
 """Fields that came after the first published results, with the values at which those were made."""
 
 
@@ -22,6 +28,7 @@ class MethodConfig:
 
     Attributes:
         epochs: passes over a task's training images.
+        first_epochs: passes over those of the first task; null is ``epochs``.
         min_steps: optimiser steps that a task gets at least, by further passes: few images need as many. On
             a command line or in a file, 0 where ``epochs`` is named and this is not.
         batch_size: images per optimiser step.
@@ -37,12 +44,14 @@ class MethodConfig:
     # Fields of this class that must be above 0; other numbers may be 0.
     positive: ClassVar[tuple[str, ...]] = (
         "epochs",
+        "first_epochs",
         "batch_size",
         "head_learning_rate",
         "learning_rate",
     )
 
     epochs: int = 4
+    first_epochs: int | None = None
     min_steps: int = 100
     batch_size: int = 32
     head_learning_rate: float = 5e-3
@@ -81,9 +90,28 @@ class AdapterFields:
     learning_rate: float = 2e-3
 
 
-def epochs_for(config: MethodConfig, images: int) -> int:
-    """Passes over a task of so many images that reach both ``epochs`` and ``min_steps``."""
-    return max(config.epochs, math.ceil(config.min_steps / max(math.ceil(images / config.batch_size), 1)))
+@dataclass(frozen=True)
+class BottleneckFields:
+    """Fields of every AdaptFormer adapter beside the mlps; goes with :class:`MethodConfig`.
+
+    Attributes:
+        rank: r, width of the bottleneck; 30 has as many parameters as LoRA of rank 20 on two projections.
+        scale: multiplies what the adapter adds.
+        first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
+        learning_rate: learning rate of the adapter.
+    """
+
+    rank: int = 30
+    scale: float = 0.1
+    first_adapted_layer: int | None = None
+    learning_rate: float = 2e-3
+
+
+def epochs_for(config: MethodConfig, images: int, task: int) -> int:
+    """Passes over a task of so many images that reach both its epochs and ``min_steps``; tasks from 0."""
+    first = config.first_epochs if task == 0 else None
+    epochs = config.epochs if first is None else first
+    return max(epochs, math.ceil(config.min_steps / max(math.ceil(images / config.batch_size), 1)))
 
 
 def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:

@@ -1,4 +1,4 @@
-"""Maps from the features before a task to those after it, fitted on the task's own images (after SLDC)."""
+"""How features move in a task, estimated on the task's own images: maps (after SLDC) and shifts of points."""
 
 from __future__ import annotations
 
@@ -115,3 +115,46 @@ def weakly_nonlinear_map(
         adam.step()
         schedule.step()
     return found.requires_grad_(False)
+
+
+def semantic_shift(before: Tensor, after: Tensor, points: Tensor, width: int, sigma: float) -> Tensor:
+    """Where points of feature space move, from how images near them did (R, d), fp64, on the CPU.
+
+    ``sum_i w_i (y_i - x_i)``, ``w_i`` in proportion to ``exp(-|x_i - p|^2 / (2 sigma^2)) + 1e-5``. Far from
+    all images every one of them counts alike. "Semantic Drift Compensation for Class-Incremental Learning"
+    (CVPR 2020, arXiv 2004.00440), with the floor of SSIAT's released code.
+
+    Args:
+        before: features x of the task's images before training (n, d).
+        after: their features y after it (n, d).
+        points: p (R, d).
+        width: the first so many columns decide about distances.
+        sigma: how far an image speaks for its surroundings.
+    """
+    x, y, p = (t.cpu().double() for t in (before, after, points))
+    distance = torch.cdist(p[:, :width], x[:, :width])
+    weight = (-distance.square() / (2 * sigma**2)).exp() + 1e-5
+    shift: Tensor = weight / weight.sum(1, keepdim=True) @ (y - x)
+    return shift
+
+
+def associative_drift(
+    before: Tensor, after: Tensor, points: Tensor, width: int, temperature: float, nearest: int
+) -> Tensor:
+    """How points of feature space move, read from a memory of how images did (n, d), after HopDC.
+
+    ``sum_i w_i (y_i - x_i)``, ``w = softmax(cos(p, x_i) / temperature)`` over the ``nearest`` images: one
+    retrieval step of a modern Hopfield network.
+
+    Args:
+        before: features x of the task's images before training (N, d).
+        after: their features y after it (N, d).
+        points: p (n, ``width``).
+        width: the first so many columns of x decide about likeness.
+        temperature: of the softmax.
+        nearest: images that a point follows, at most all.
+    """
+    alike = F.normalize(points) @ F.normalize(before[:, :width]).T / temperature
+    best, which = alike.topk(min(nearest, len(before)), dim=1)
+    weight = torch.zeros_like(alike).scatter(1, which, best.softmax(1))
+    return weight @ (after - before)

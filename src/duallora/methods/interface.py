@@ -40,12 +40,14 @@ class Encoding:
         gate: weights of the residual adapters (n, T), in [0, 1]; None where a method has none.
         gate_features: what the gate read (n, m d), by layer.
         chosen: the task whose adapter acted on each image (n,); None where a method does not choose one.
+        logits: of all rows (n, R), where they come of more than these features; None elsewhere.
     """
 
     features: Tensor
     gate: Tensor | None = None
     gate_features: Mapping[int, Tensor] = field(default_factory=dict)
     chosen: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)

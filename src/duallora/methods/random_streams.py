@@ -9,11 +9,13 @@ import torch
 RandomStream = Literal[
     "head",
     "adapter",
+    "shared adapter",
     "alignment",
     "expert prompts",
     "centres",
     "drift",
     "refit",
+    "projector",
     "measurement",
     "measured rows",
 ]
@@ -23,11 +25,13 @@ RandomStream = Literal[
 _STREAMS: dict[RandomStream, int] = {
     "head": 0,
     "adapter": 1,
+    "shared adapter": 2,
     "alignment": 1,
     "expert prompts": 2,
     "centres": 2,
     "drift": 2,
     "refit": 3,
+    "projector": 4,
     "measurement": 8,
     "measured rows": 9,
 }

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
+
+from duallora.methods.interface import Loader
+from duallora.runtime import parallel
+
 
 def rate_share(schedule: str, step: int, steps: int, epochs: int) -> float:
     """The share of the learning rate at an optimiser step, in [0, 1].
@@ -26,3 +31,8 @@ def rate_share(schedule: str, step: int, steps: int, epochs: int) -> float:
     if schedule == "step":
         return 0.1 if 5 * epoch >= 4 * epochs else 1.0
     return 1.0
+
+
+def count_images(loader: Loader) -> int:
+    """How many images a task has, in all processes together; one pass over them, without the model."""
+    return int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))

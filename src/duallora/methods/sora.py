@@ -16,8 +16,7 @@ from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig, epochs_for
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Loader, TaskInfo
-from duallora.methods.schedules import rate_share
-from duallora.runtime import parallel
+from duallora.methods.schedules import count_images, rate_share
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class SoRA(Method):
         super().__init__(backbone, config, seed, context)
         self.attach(config.first_adapted_layer, config.projections, Gated)
         self.updates = [update for update in self.adapters.values() if isinstance(update, Gated)]
-        self.step = self.steps = 0
+        self.step = self.steps = self.epochs = 0
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """Counts the task's optimiser steps, for the schedule, and opens the ranks that were dropped.
@@ -111,9 +110,9 @@ class SoRA(Method):
         super().prepare(task, loader)
         if len(task.classes) == 1:
             return  # nothing will be trained
-        images = int(parallel.total(torch.tensor([sum(len(batch.labels) for batch in loader())])))
-        epochs = epochs_for(self.config, images)
-        self.step, self.steps = 0, epochs * math.ceil(images / self.config.batch_size)
+        images = count_images(loader)
+        self.epochs = epochs_for(self.config, images, task.index)
+        self.step, self.steps = 0, self.epochs * math.ceil(images / self.config.batch_size)
         generator = self.generator(task.index, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator)
@@ -121,7 +120,7 @@ class SoRA(Method):
     def threshold(self, step: int) -> float:
         """``lambda_s eta_s`` after step s, from 0: lambda rises linearly, eta is the training's rate."""
         config = self.config
-        share = rate_share(config.schedule, step, self.steps, config.epochs)
+        share = rate_share(config.schedule, step, self.steps, self.epochs)
         return config.sparsity * (step + 1) / self.steps * config.learning_rate * share
 
     def after_step(self) -> None:

@@ -150,7 +150,7 @@ class Machine:
         return torch.device(self.kind) if self.kind == "cpu" else torch.device(self.kind, 0)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Inside, the backbone computes in :attr:`precision`."""
+        """Inside, the backbone computes in ``precision``."""
         return self.fabric.autocast()
 
     @property

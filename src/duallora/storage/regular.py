@@ -71,10 +71,12 @@ def require_regular(path: str | Path) -> None:
     """Refuses a path that names no regular file, without opening it; links are followed.
 
     Raises:
-        NotRegular: it is a pipe, a socket, a device, or a file that the kernel makes up.
+        NotRegular: it is a pipe, a socket, a device, a file that the kernel makes up, or no name of a file.
         OSError: it is missing or a folder.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise NotRegular(f"no file can be called {path}: leave its NUL character out")
     _refuse_kind(path, path.stat().st_mode)
     refuse_kernel(path)
 

@@ -1,0 +1,43 @@
+"""The documentation site is built strictly, and the notebook runs from its first cell to its last."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from page_blocks import execute
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_site_has_no_broken_link_or_reference(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="the extra docs is not installed")
+    site = tmp_path / "site"
+    strictly = ["-W", "--keep-going", "-q", "-c", "docs/site", "-b", "html", "-d", str(tmp_path / "trees")]
+    build = [sys.executable, "-m", "sphinx", *strictly, ".", str(site)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= {path.stem for path in (site / "docs").glob("*.html")}
+    assert "tutorial" in (site / "searchindex.js").read_text(encoding="utf-8")
+    reference = (site / "docs" / "site" / "api.html").read_text(encoding="utf-8")
+    assert "ContinualLearner" in reference and "(n, row_dim)" in reference
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="the extra report is not installed").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUALLORA_BACKBONE", "embedded")
+    monkeypatch.setenv("DUALLORA_IMAGES", "8")
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    execute("\n".join("".join(cell["source"]) for cell in code), NOTEBOOK.name)
+    assert Path("digits-model/model.json").exists()
