@@ -2,7 +2,7 @@
 
 ``Sigma_c = a1 F_c F_c^T + a2 S + a3 I``: F_c F_c^T (F_c: d x r) is the class's own covariance in its r
 largest directions, S the mean covariance. With ``C C^T = a2 S + a3 I`` and features in the coordinates
-``z = f C^-T``, where the shared part is the identity, Woodbury's formula gives the distance of class c as
+``z = f C^-T``, where the shared part is the identity, Woodbury's formula gives the squared distance of class c as
 
     |v|^2 - |v P_c|^2,   v = z - nu_c,   P_c = V_c L_c^-T,
     V_c = sqrt(a1) C^-1 F_c,   L_c L_c^T = I + V_c^T V_c
@@ -19,7 +19,7 @@ from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.covariance import whitening
 from duallora.runtime import parallel
 
-_CHUNK = 16  # covariances are decomposed and images scored in chunks of this many
+_CHUNK = 16  # covariances are decomposed in chunks of this many
 
 
 class Factors(ByRow):
@@ -92,16 +92,13 @@ class LowRankGaussian:
         # The shared part's determinant is the same for all.
         log_det = 2 * inner.diagonal(dim1=1, dim2=2).log().sum(1)
         self.centre, self.map = centre.float().to(device), inverse.float().to(device)
-        self.nu, self.projection = nu.float().to(device), projection.float().to(device)
-        self.half_log_det = (log_det / 2).float().to(device)
+        self.nu, self.projection = nu.float().to(device), projection.flatten(0, 1).T.float().to(device)
+        self.within = (projection @ nu[:, :, None])[..., 0].float().to(device)  # nu P (R, r)
+        self.constant = (nu.square().sum(1) / 2 + log_det / 2).float().to(device)
 
     def scores(self, f: Tensor) -> Tensor:
         """Log-density of the rows up to a constant (n, R), for features (n, d) and equal priors."""
-        return torch.cat([self._scores(part) for part in f.float().split(_CHUNK)])
-
-    def _scores(self, f: Tensor) -> Tensor:
-        v = ((f - self.centre) @ self.map)[:, None] - self.nu  # (n, R, d)
-        within = torch.einsum("nrd,rkd->nrk", v, self.projection)
-        distance = v.square().sum(2) - within.square().sum(2)
-        scores: Tensor = -distance / 2 - self.half_log_det
+        z = (f.float() - self.centre) @ self.map
+        within = (z @ self.projection).unflatten(1, self.within.shape) - self.within  # v P (n, R, r)
+        scores: Tensor = z @ self.nu.T - self.constant + within.square().sum(2) / 2
         return scores

@@ -27,7 +27,7 @@ def evaluate(
     """Measure accuracy per task and over all, confusion between tasks and calibration on labelled images.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         folder: labelled images in FOLDER/<class>/, or below val/ or test/ where there is one
         worst: also list so many images whose wrong answer was the surest
         worst_out: write these to DIR, as worst.csv and as a sheet of small pictures, worst.png
@@ -45,12 +45,14 @@ def evaluate(
     from duallora.runtime.compute import Compute
     from duallora.storage.documents import percent
     from duallora.streams import FolderDataset, evaluation_folder
+    from duallora.streams.labels import refuse_two_labels
 
     if worst_out is not None:
         require_folder(worst_out, "--worst-out")
     machine = Compute(device, precision=precision).start()
     learner = ContinualLearner.load(model, device=machine, exact_readouts=False)
     dataset = FolderDataset(evaluation_folder(folder))
+    refuse_two_labels(dataset.labelled)
     try:
         found = learner.evaluate(dataset)
     except DualLoRAError:
