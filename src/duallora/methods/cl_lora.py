@@ -149,8 +149,8 @@ class CLLoRA(Method):
             finally:
                 for wrapper in wrappers:
                     wrapper.separate()
-        soft = (self._logits(old.float()) / t).softmax(1)
-        return -(soft * (self._logits(new.float()) / t).log_softmax(1)).sum(1).mean()
+        soft = (self._cosines(old.float()) / t).softmax(1)
+        return -(soft * (self._cosines(new.float()) / t).log_softmax(1)).sum(1).mean()
 
     def _weights_cosine(self) -> Tensor:
         """Mean over earlier tasks of ``|cos|`` between their block weights and those in training."""
