@@ -33,6 +33,7 @@ _OTHERS = "torch|nn|Tensor|Fabric|timm|PIL|numpy|np|rich|collections|contextlib|
 nitpick_ignore_regex = [(r"py:.*", rf"(duallora\.runtime\.progress\.T|{_OTHERS})\b.*")]
 
 autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True

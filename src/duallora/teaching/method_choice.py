@@ -16,8 +16,10 @@ DEFAULT_METHOD = "duallora"
 TRAINING_FIELDS = frozenset(
     {
         "epochs",
+        "first_epochs",
         "min_steps",
         "batch_size",
+        "class_weights",
         "learning_rate",
         "head_learning_rate",
         "optimizer",
