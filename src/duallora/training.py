@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -174,7 +175,7 @@ def _train(
                 drawn = [(next(found), share) for _, share in own]
                 with _enough_memory(config.batch_size):
                     try:
-                        _gradients(method, fabric, optimizer, drawn)
+                        loss = _gradients(method, fabric, optimizer, drawn)
                     # Of the way back, where a backend's own error comes as it is; the backbone sees to the
                     # way there. A fault of another kind comes again without the compiler.
                     except Exception as error:
@@ -183,9 +184,11 @@ def _train(
                         if not isinstance(error, (*compiler_errors(), RuntimeError)):
                             raise
                         method.backbone.leave_uncompiled(error)
-                        _gradients(method, fabric, optimizer, drawn)
+                        loss = _gradients(method, fabric, optimizer, drawn)
                 parallel.sum_gradients(trained)
                 optimizer.step()
+                if progress.recording:
+                    progress.record(_step_figures(loss, schedule.get_last_lr()), steps=1)
                 schedule.step()
                 method.after_step()
             if not all(bool(p.isfinite().all()) for p in trained):  # once an epoch: a GPU has to wait for it
@@ -210,11 +213,23 @@ def _enough_memory(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _gradients(method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[tuple[Batch, float]]) -> None:
-    """Gradients of a batch from its pieces, each with its share."""
+def _gradients(
+    method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[tuple[Batch, float]]
+) -> Tensor:
+    """Gradients of a batch from its pieces, each with its share; returns the mean loss of these images."""
     optimizer.zero_grad()
+    losses = []
     for batch, share in drawn:
-        fabric.backward(method.loss(batch) * share)
+        loss = method.loss(batch) * share
+        fabric.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() / max(sum(share for _, share in drawn), 1e-12)
+
+
+def _step_figures(loss: Tensor, rates: Sequence[float | Tensor]) -> dict[str, float]:
+    """Loss and learning rates of a step; the first group of parameters is the heads'."""
+    names = ("rate/heads", "rate/adapters", *(f"rate/adapters {n}" for n in range(2, len(rates))))
+    return {"loss": float(loss), **dict(zip(names, map(float, rates), strict=False))}
 
 
 def make_optimizer(

@@ -131,7 +131,13 @@ def test_the_same_budget_takes_how_long_how_fast_and_how_large_from_a_file(tmp_p
     }
     kept = {"projections": "qkv", "tau": 3.0}
     own |= {"learning_rate": 1.0, "head_learning_rate": 1.0}
-    own |= {"optimizer": "sgd", "schedule": "constant", "weight_decay": 0.1, "min_steps": 7}
+    own |= {
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "weight_decay": 0.1,
+        "min_steps": 7,
+        "first_epochs": 2,
+    }
     budget = {**own, "first_adapted_layer": 0}
     file = written(tmp_path, "mine.yaml", {"name": "lora", **budget, **kept})
     assert only([file]).config == METHODS["lora"].config(**budget, **kept)

@@ -56,7 +56,19 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     if any("\0" in word for word in argv):
         raise DualLoRAError("an argument has a NUL character in it, which no name may have: leave it out")
     words, files = take_config_files(argv)
-    configs = [read_config(file) for file in files]
+    return _parsed(verb, command, words, [read_config(file) for file in files])
+
+
+def parse_values(verb: str, command: Command, values: dict[str, Any]) -> dict[str, Any]:
+    """Checks values that are there already as those of a ``--config`` file; see `parse`.
+
+    Raises:
+        DualLoRAError: Unknown options or values.
+    """
+    return _parsed(verb, command, [], [values])
+
+
+def _parsed(verb: str, command: Command, words: list[str], configs: list[dict[str, Any]]) -> dict[str, Any]:
     method = None
     if any(_is_choice(hint) for hint in get_type_hints(command).values()):
         words = [_spell_out(word) for word in words]

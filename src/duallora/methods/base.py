@@ -296,7 +296,7 @@ class Method:
 
         Args:
             task: its index.
-            kept: which of its classes stay, one bool a class of the task; some other class of the model always does.
+            kept: which of its classes stay, one bool a class; some other class of the model always does.
         """
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
         for part in self.by_row:

@@ -88,13 +88,13 @@ class BottleneckFields:
     """Fields of every AdaptFormer adapter beside the mlps; goes with :class:`MethodConfig`.
 
     Attributes:
-        rank: r, width of the bottleneck.
+        rank: r, width of the bottleneck; 30 has as many parameters as LoRA of rank 20 on two projections.
         scale: multiplies what the adapter adds.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the adapter.
     """
 
-    rank: int = 64
+    rank: int = 30
     scale: float = 0.1
     first_adapted_layer: int | None = None
     learning_rate: float = 2e-3

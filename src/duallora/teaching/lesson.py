@@ -129,6 +129,17 @@ class Lesson:
             if self.measure_train and set(known).difference(record.classes):
                 progress.begin("looking for new images that are taken for old classes")
                 train = Measured.on(learner, self.images.train)
+            progress.record(_figures(record, len(learner.tasks), comparison))
             yield Learned(learner, record, known, comparison, after, held_back, train)
             progress.begin("saving")
             learner.commit(self.model)
+
+
+def _figures(record: TaskRecord, number: int, comparison: Comparison | None) -> dict[str, float]:
+    """What of a lesson a logger shows, by name."""
+    found = record.figures(number)
+    if record.held_back_accuracy is not None:
+        found["accuracy/held back"] = record.held_back_accuracy
+    if comparison is not None:
+        found |= {"accuracy/check before": comparison.before, "accuracy/check after": comparison.after}
+    return found
