@@ -20,7 +20,7 @@ from duallora.predictions import class_probabilities, task_probabilities
 pytestmark = pytest.mark.slow
 
 FORMATS: tuple[Format, ...] = ("torch-export", "onnx")
-CONFIG = DualLoRAConfig(rank=4, residual="own", residual_rank=4, epochs=1)
+CONFIG = DualLoRAConfig(rank=4, residual="own", residual_rank=4, epochs=1, min_steps=0)
 OTHER = "vit_tiny_patch16_224.augreg_in21k"
 
 

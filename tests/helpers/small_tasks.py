@@ -67,6 +67,7 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
     config = METHODS[name].config
     small: dict[str, Any] = {
         "epochs": 1,
+        "min_steps": 0,
         "batch_size": 8,
         "rank": 4,
         "residual": "next",

@@ -338,7 +338,9 @@ def test_the_real_learner_in_miniature(tmp_path, monkeypatch):
     stream = streams.digits(tasks=3, classes=6, train_per_class=10, holdout=5)
 
     def learner():
-        return ContinualLearner(method=DualLoRAConfig(epochs=1, batch_size=8), augment="crop", device="cpu")
+        return ContinualLearner(
+            method=DualLoRAConfig(epochs=1, min_steps=0, batch_size=8), augment="crop", device="cpu"
+        )
 
     def interrupted():
         made = learner()

@@ -77,7 +77,8 @@ def _parsed(verb: str, command: Command, words: list[str], configs: list[dict[st
     refuse_blank(configs, parser)
     refuse_unknown(words, configs, parser, method)
     # Files go first: a value on the command line wins over any file, wherever it stands.
-    texts = [text for config in configs for text in ("--config", json.dumps(config, default=str))]
+    first = [{"method": {"min_steps": 0}}] if method is not None and _names_epochs(words, configs) else []
+    texts = [text for config in (*first, *configs) for text in ("--config", json.dumps(config, default=str))]
     if any("\\u0000" in text for text in texts):
         raise DualLoRAError("a --config file has a NUL character in a value: leave it out")
     try:
@@ -215,6 +216,13 @@ def _is_choice(hint: Any) -> bool:
 def _spell_out(word: str) -> str:
     """``--method`` and ``--method=`` by the option's full name, which is what YAML files nest."""
     return "--method.name" + word.removeprefix("--method") if word.split("=")[0] == "--method" else word
+
+
+def _names_epochs(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a number of epochs is named: then it means just these, unless the least steps are named too."""
+    options = ("--epochs", "--method.epochs")
+    methods = [config["method"] for config in configs if isinstance(config.get("method"), dict)]
+    return any(word.split("=")[0] in options for word in words) or any("epochs" in own for own in methods)
 
 
 def _find_method(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> str:

@@ -179,8 +179,9 @@ def finished_run(folder: Path, line: Line, setting: Setting, seed: int) -> Resul
     asked = setting.asked(line.method, line.config, seed)
     shown = _images(setting.stream.class_order, *image_counts(setting.stream))
     wanted = json.loads(json.dumps({"version": SCHEMA_VERSION, **asked, **shown}))
-    # A field that the method did not have yet was at its default.
-    later = {f: v for f, v in asdict(METHODS[line.method].config()).items() if f in ADDED_FIELDS}
+    # A field that the method did not have yet was at the value that it stood for.
+    known = asdict(METHODS[line.method].config())
+    later = {field: value for field, value in ADDED_FIELDS.items() if field in known}
     there["method"] = later | there["method"]
     if there == wanted:
         return results

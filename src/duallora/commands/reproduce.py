@@ -205,7 +205,7 @@ def _try(protocol: Protocol) -> str:
     stream = load(asked.stream, data=asked.data, split_lists=asked.split_lists, **asked.asked())
     changed = protocol.backbone.changed() | {"image_size": _DRY_SIZE}
     backbone = load_backbone(protocol.backbone.backbone, pretrained=False, **changed)
-    fields = dict(protocol.method.fields) | {"epochs": 1}
+    fields = dict(protocol.method.fields) | {"epochs": 1, "min_steps": 0}
     if "first_adapted_layer" in fields or protocol.method.name == "duallora":
         fields["first_adapted_layer"] = backbone.depth - 1  # one layer says as much as all
     if "random_features" in fields:

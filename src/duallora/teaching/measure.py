@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from duallora.streams import FolderDataset, TaskDataset
 
 
+KEPT = 0.95
+"""Share of a lesson's held-back images that are not called unknown."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Accuracy on the ``--check`` images before and after the task."""
@@ -49,12 +53,19 @@ class Measured:
         calibration_error: expected calibration error; None where it is undefined.
         answers: true and predicted class name of every image.
         confidence: probability of the predicted class of every image.
+        familiarity: of every image, in [0, 1].
     """
 
     accuracy: float
     calibration_error: float | None
     answers: tuple[tuple[str, str], ...]
     confidence: tuple[float, ...]
+    familiarity: tuple[float, ...]
+
+    @property
+    def unknown_below(self) -> float:
+        """The familiarity above which 95 % of the images lie."""
+        return float(torch.tensor(self.familiarity, dtype=torch.float64).quantile(1 - KEPT))
 
     @classmethod
     def on(cls, learner: ContinualLearner, data: TaskDataset | FolderDataset | None) -> Measured | None:
@@ -66,12 +77,17 @@ class Measured:
         names = [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, found, strict=True)]
         right = torch.tensor([true == answer for true, answer in names])
         error = calibration_error(confidence, right)
-        return cls(int(right.sum()) / len(right), error, tuple(names), tuple(confidence.tolist()))
+        familiarity = tuple(outputs.familiarity.tolist())
+        accuracy = int(right.sum()) / len(right)
+        return cls(accuracy, error, tuple(names), tuple(confidence.tolist()), familiarity)
 
     def note(self, learner: ContinualLearner) -> TaskRecord:
-        """Puts the accuracy on held-back images into the record of the latest task, to be saved with it."""
+        """Puts what held-back images say into the record of the latest task, to be saved with it."""
         record = dataclasses.replace(
-            learner.tasks[-1], held_back_accuracy=self.accuracy, held_back_images=len(self.answers)
+            learner.tasks[-1],
+            held_back_accuracy=self.accuracy,
+            held_back_images=len(self.answers),
+            unknown_below=self.unknown_below,
         )
         learner.tasks[-1] = record
         return record
