@@ -53,7 +53,7 @@ def uploads(tmp_path: Path) -> Uploads:
 
 @pytest.fixture
 def shell(call: Call, tmp_path: Path, uploads: Uploads) -> Iterator[Shell]:
-    method = MethodChoice("duallora", {"epochs": 1, "energy_threshold": 0.7})
+    method = MethodChoice("duallora", {"epochs": 1, "min_steps": 0, "energy_threshold": 0.7})
     session = Session(tmp_path / "model", ModelRequest(method, device="cpu"), uploads)
     yield Shell(session)
     session.close()
