@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.config import RETIRED_FIELDS
 from duallora.methods.duallora import DualLoRAConfig
-from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord, rows_of
+from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord, new_name, rows_of
 from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
@@ -37,7 +36,7 @@ from duallora.sharing.place import own_folder
 from duallora.storage import checkpoint
 from duallora.storage.soundness import check
 from duallora.streams.names import hint_at_case
-from duallora.streams.task import as_task_dataset, without_empty_classes
+from duallora.streams.task import as_task_dataset, of_classes, without_empty_classes
 from duallora.training import EVALUATION_BATCH, evaluated, learn_task
 
 
@@ -109,12 +108,15 @@ class ContinualLearner:
         """Backbone passes per image at inference."""
         return self.method.passes
 
-    def learn(self, dataset: Dataset[Any], name: str | None = None) -> TaskRecord:
+    def learn(
+        self, dataset: Dataset[Any], name: str | None = None, *, held_back: Dataset[Any] | None = None
+    ) -> TaskRecord:
         """Learns a task from labelled images; nothing of them is kept but statistics.
 
         Args:
             dataset: any map-style data set of (PIL image or tensor, int) with class names in ``classes``.
             name: of the task; default ``task N``.
+            held_back: other labelled images; the epoch that names the most of those of its classes is kept.
 
         Raises:
             DualLoRAError: if the data set or the name cannot be used: the learner is as it was then. After
@@ -123,13 +125,7 @@ class ContinualLearner:
         self._check_usable()
         data, classes = without_empty_classes(dataset)
         hint_at_case(classes, self.classes)
-        taken = {task.name for task in self.tasks}
-        numbered = (f"task {number}" for number in itertools.count(len(self.tasks) + 1))
-        name = name if name is not None else next(free for free in numbered if free not in taken)
-        if name in taken:
-            raise DualLoRAError(
-                f"a task named {name!r} has been learned already; give this one another name."
-            )
+        name = new_name(name, self.tasks)
         if self.method.all_at_once and self.tasks:
             raise DualLoRAError(
                 f"{self.method_name} learns all classes at once and has done so; "
@@ -137,11 +133,20 @@ class ContinualLearner:
             )
         task = TaskInfo(len(self.tasks), name, classes)
         augmentation = Augmentation(self.backbone.info, self.augment, self.seed, task.index)
+        judged = None if held_back is None else of_classes(as_task_dataset(held_back), classes)
         self._unfinished = name
         if self.machine.compute.compile:
             torch.compiler.reset()  # a task changes the adapters: what was compiled for the last is no use
         timings = learn_task(
-            self.method, task, data, augmentation, self.preprocess, self.machine, self.loader, self.progress
+            self.method,
+            task,
+            data,
+            judged,
+            augmentation,
+            self.preprocess,
+            self.machine,
+            self.loader,
+            self.progress,
         )
         self._unfinished = None
         record = TaskRecord(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from duallora.errors import DualLoRAError
 from duallora.runtime import parallel
 
 
@@ -30,9 +31,16 @@ class TaskRecord:
         orthogonal_norm: norm of the task's merged update over that of ``W_0``, mean over adapted layers; None
             without.
         residual_norm: the same for the gated update.
+        epochs: passes of the training; 0 where it was skipped.
+        kept_epoch: the one whose adapters and head were kept, from 1.
+        kept_accuracy: share of the images held back for that choice which the head, among the classes of the
+            task, named rightly then; None where none were given.
+        kept_images: how many these were.
         held_back_accuracy: share of the task's held-back images that were named rightly among all classes
             known on that day; None where it was not measured.
         held_back_images: how many these were.
+        unknown_below: familiarity above which 95 % of new images of the classes lie, judged by these; None
+            where they are fewer than two.
     """
 
     name: str
@@ -46,8 +54,13 @@ class TaskRecord:
     stored_bytes: int
     orthogonal_norm: float | None
     residual_norm: float | None
+    epochs: int = 0
+    kept_epoch: int = 0
+    kept_accuracy: float | None = None
+    kept_images: int = 0
     held_back_accuracy: float | None = None
     held_back_images: int = 0
+    unknown_below: float | None = None
 
     @property
     def forgotten(self) -> bool:
@@ -78,6 +91,40 @@ def free_name(base: str, taken: Collection[str]) -> str:
     """A name for a task: ``base``, with a number from 2 on where a task of that name is there."""
     numbered = (f"{base} {number}" for number in itertools.count(2))
     return next(name for name in itertools.chain([base], numbered) if name not in taken)
+
+
+def new_name(name: str | None, tasks: Sequence[TaskRecord]) -> str:
+    """The name of a task to be learned: as asked for, or ``task N`` with the first N that is free.
+
+    Raises:
+        DualLoRAError: a task has that name already.
+    """
+    taken = {task.name for task in tasks}
+    if name in taken:
+        raise DualLoRAError(f"a task named {name!r} has been learned already; give this one another name.")
+    numbered = (f"task {number}" for number in itertools.count(len(tasks) + 1))
+    return name if name is not None else next(free for free in numbered if free not in taken)
+
+
+def unknown_thresholds(tasks: Iterable[TaskRecord]) -> dict[str, float]:
+    """By the name of each task the familiarity below which an image that is given to it is called unknown.
+
+    It is the one found on the task's held-back images. A task without such images has the mean of the others,
+    each weighted by its images.
+
+    Raises:
+        DualLoRAError: no task has held-back images.
+    """
+    tasks = list(tasks)
+    found = {task.name: task.unknown_below for task in tasks if task.unknown_below is not None}
+    weights = {task.name: max(task.held_back_images, 1) for task in tasks}
+    if not found:
+        raise DualLoRAError(
+            "no lesson of this model had images held back, so none say what is unknown: give a number, such "
+            "as --unknown-below 0.2, or teach the next lesson with images in val/."
+        )
+    mean = sum(found[name] * weights[name] for name in found) / sum(weights[name] for name in found)
+    return {task.name: found.get(task.name, mean) for task in tasks}
 
 
 def rows_of(tasks: Sequence[TaskRecord], classes: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from duallora.data.source import Source
 from duallora.data.transforms import Augmentation, EvaluationTransform
 from duallora.errors import DualLoRAError, is_low_memory
 from duallora.methods import Batch, Method, MethodConfig, TaskInfo
+from duallora.methods.best_epoch import BestEpoch
+from duallora.methods.class_weights import balanced
 from duallora.methods.config import epochs_for
+from duallora.methods.pieces import Pieces
 from duallora.methods.schedules import rate_share
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
@@ -38,12 +41,25 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of the three parts of a task, and how many parameters it trained."""
+    """Seconds of the three parts of a task, and what came of its training; fields as in ``TaskRecord``."""
 
     prepare_seconds: float
     learn_seconds: float
     consolidate_seconds: float
     trainable_parameters: int
+    epochs: int
+    kept_epoch: int
+    kept_accuracy: float | None
+    kept_images: int
+
+
+class _Trained(NamedTuple):
+    """Number of trained parameters, epochs, the one that was kept, and held-back images right after it."""
+
+    parameters: int = 0
+    epochs: int = 0
+    kept: int = 0
+    right: int | None = None
 
 
 def batches(
@@ -79,6 +95,7 @@ def learn_task(
     method: Method,
     task: TaskInfo,
     data: TaskDataset,
+    held_back: TaskDataset | None,
     augmentation: Augmentation,
     evaluation: EvaluationTransform,
     machine: Machine,
@@ -91,6 +108,8 @@ def learn_task(
         method: learns; its state changes in place.
         task: index, name and classes.
         data: training images with targets in ``range(len(task.classes))``.
+        held_back: other images of the task's classes, with targets alike; the epoch that names the most of
+            them is kept. None keeps the last.
         augmentation: view of a training sample by epoch and index.
         evaluation: view of a sample in the passes without gradients.
         machine: device, processes and precision.
@@ -101,14 +120,20 @@ def learn_task(
         DualLoRAError: fewer images than processes, or a training that diverged.
     """
     parallel.require_enough(len(data), task.name)
-    with loader.reading(data, evaluation, augmentation, keep="images") as source:
-        return _learned(method, task, data, source, machine, loader, progress)
+    with ExitStack() as opened:
+        source = opened.enter_context(loader.reading(data, evaluation, augmentation, keep="images"))
+        judge = None
+        if held_back is not None:
+            other = opened.enter_context(loader.reading(held_back, evaluation, keep="images"))
+            judge = _Judge(loader, other, held_back)
+        return _learned(method, task, data, judge, source, machine, loader, progress)
 
 
 def _learned(
     method: Method,
     task: TaskInfo,
     data: TaskDataset,
+    judge: _Judge | None,
     source: Source,
     machine: Machine,
     loader: ImageLoader,
@@ -127,9 +152,11 @@ def _learned(
     clock = _Clock(machine.device)
     method.prepare(task, passes("looking at the images"))
     prepared = clock.lap()
-    trained, groups = 0, method.parameter_groups()
+    trained, groups = _Trained(), method.parameter_groups()
     if groups and len(task.classes) > 1:
-        trained = _train(method, groups, task, data, source, machine, loader, progress)
+        method.class_loss.weights = _class_weights(method, data)
+        trained = _train(method, groups, task, data, judge, source, machine, loader, progress)
+        method.class_loss.weights = None
     elif groups:
         progress.line(
             f"{task.name}: a single class has nothing to tell apart; "
@@ -137,7 +164,34 @@ def _learned(
         )
     learned = clock.lap()
     method.consolidate(task, passes("remembering"))
-    return Timings(prepared, learned, clock.lap(), trained)
+    images = 0 if judge is None or trained.right is None else len(judge.data)
+    accuracy = trained.right / images if images and trained.right is not None else None
+    return Timings(prepared, learned, clock.lap(), *trained[:3], accuracy, images)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Images held back to choose an epoch by, open in the loader."""
+
+    loader: ImageLoader
+    source: Source
+    data: TaskDataset
+
+    @torch.no_grad()
+    def right(self, method: Method) -> int:
+        """How many images the head that is trained names rightly, among the classes of the task."""
+        chunks, count = evaluated(range(len(self.data))), torch.zeros((), dtype=torch.long)
+        with closing(batches(self.loader, self.source, self.data, chunks, len(self.data))) as found:
+            for batch in found:
+                count = count + (method.current_logits(batch.images).argmax(1) == batch.labels).sum().cpu()
+        return int(count)
+
+
+def _class_weights(method: Method, data: TaskDataset) -> Tensor | None:
+    if method.config.class_weights == "none":
+        return None
+    weights = balanced(data.targets, len(data.classes))
+    return None if weights is None else weights.to(method.device)
 
 
 def _train(
@@ -145,21 +199,25 @@ def _train(
     groups: list[dict[str, Any]],
     task: TaskInfo,
     data: TaskDataset,
+    judge: _Judge | None,
     source: Source,
     machine: Machine,
     loader: ImageLoader,
     progress: Progress,
-) -> int:
-    """The optimiser's steps on shuffled augmented views; returns the number of trained parameters."""
+) -> _Trained:
+    """The optimiser's steps on shuffled augmented views; leaves the parameters of the best epoch."""
     config, fabric = method.config, machine.fabric
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     parallel.copy_from_first(trained)
     epochs = epochs_for(config, len(data), task.index)
-    plain, schedule = make_optimizer(groups, config, math.ceil(len(data) / config.batch_size), epochs)
+    plain, schedule = make_optimizer(groups, config, math.ceil(len(data) / config.step_images), epochs)
     optimizer: Any = fabric.setup_optimizers(plain)
+    gradients = partial(_gradients, method, fabric, optimizer)
+    fitting = Pieces(config.batch_size == "auto" and machine.device.type == "cuda")
+    best = BestEpoch(trained, epochs)
 
     def steps(epoch: int) -> list[list[tuple[Sequence[int], float]]]:
-        wholes = chunked(_order(len(data), method.seed, task.index, epoch), config.batch_size)
+        wholes = chunked(_order(len(data), method.seed, task.index, epoch), config.step_images)
         return [_pieces(whole, machine.compute.accumulate) for whole in wholes]
 
     # One pass of the loader: the first images of an epoch are prepared in the one before.
@@ -173,9 +231,9 @@ def _train(
             label = f"{task.name}: epoch {epoch + 1}/{epochs}"
             for own in progress.track(pieces, len(pieces), label):
                 drawn = [(next(found), share) for _, share in own]
-                with _enough_memory(config.batch_size):
+                with _enough_memory(config.step_images):
                     try:
-                        loss = _gradients(method, fabric, optimizer, drawn)
+                        loss = fitting.run(drawn, gradients)
                     # Of the way back, where a backend's own error comes as it is; the backbone sees to the
                     # way there. A fault of another kind comes again without the compiler.
                     except Exception as error:
@@ -184,7 +242,7 @@ def _train(
                         if not isinstance(error, (*compiler_errors(), RuntimeError)):
                             raise
                         method.backbone.leave_uncompiled(error)
-                        loss = _gradients(method, fabric, optimizer, drawn)
+                        loss = fitting.run(drawn, gradients)
                 parallel.sum_gradients(trained)
                 optimizer.step()
                 if progress.recording:
@@ -196,8 +254,15 @@ def _train(
                     f"training of {task.name!r} diverged in epoch {epoch + 1}; lower the learning rates "
                     "(--method.learning_rate, --method.head_learning_rate)."
                 )
+            if judge is not None and best.due(epoch + 1):
+                best.note(epoch + 1, judge.right(method))
     optimizer.zero_grad()  # gradients would stay as long as their parameters
-    return sum(p.numel() for p in trained)
+    parameters = sum(p.numel() for p in trained)
+    if judge is None:
+        return _Trained(parameters, epochs, epochs)
+    kept, right = best.restore()
+    parallel.copy_from_first(trained)  # rounding must not make processes keep different epochs
+    return _Trained(parameters, epochs, kept, right)
 
 
 @contextmanager
@@ -208,8 +273,8 @@ def _enough_memory(batch_size: int) -> Iterator[None]:
         if not is_low_memory(error):
             raise
         raise DualLoRAError(
-            f"there is not enough memory for a batch of {batch_size} images; lower --method.batch_size, or "
-            "compute each batch in pieces with --accumulate."
+            f"there is not enough memory for a batch of {batch_size} images; lower --method.batch_size, give "
+            "it the value auto on a GPU, or compute each batch in pieces with --accumulate."
         ) from error
 
 

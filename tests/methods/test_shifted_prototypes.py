@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from duallora import METHODS, ContinualLearner
-from duallora.classifiers.cosine import cosface, cosines
+from duallora.classifiers.cosine import cosface_logits, cosines
 from duallora.methods.drift import semantic_shift
 from duallora.methods.rsiat import RSIAT, Projector, steering_loss
 
@@ -44,7 +44,7 @@ def test_cosface_takes_the_margin_off_the_right_class() -> None:
     cosine, labels = cosines(drawn(4, 6), drawn(3, 6, seed=1)), torch.tensor([0, 2, 1, 2])
     lowered = cosine.clone()
     lowered[torch.arange(4), labels] -= 0.3
-    assert_close(cosface(cosine, labels, 20.0, 0.3), F.cross_entropy(20 * lowered, labels))
+    assert_close(cosface_logits(cosine, labels, 20.0, 0.3), 20 * lowered)
     assert float(cosine.abs().max()) <= 1
 
 
@@ -149,7 +149,7 @@ def test_steering_rises_over_the_first_epochs_of_the_first_task() -> None:
     batch, method = prepared(learner, 0)[1], rsiat(learner)
     f = method.final(method.features(batch.images))
     weight = method.heads.tasks[-1].get_parameter("weight")
-    plain = cosface(cosines(f, weight), batch.labels, 50.0, 0.2)
+    plain = F.cross_entropy(cosface_logits(cosines(f, weight), batch.labels, 50.0, 0.2), batch.labels)
     steering = steering_loss(f, batch.labels, 1.5, 0.4)
     assert len(batch.labels) == 12 and method.epoch_steps == 3
     for step, share in ((0, 0.0), (2, 0.0), (3, 0.5), (5, 0.5), (6, 1.0), (60, 1.0)):
@@ -173,7 +173,7 @@ def test_later_tasks_are_held_by_the_projected_features_of_the_model_before() ->
     projected = method.projector(old)
     overlap = cosines(method.projector(prototypes), projected).mean()
     weight = method.heads.tasks[-1].get_parameter("weight")
-    expected = cosface(cosines(f, weight), batch.labels, 50.0, 0.2)
+    expected = F.cross_entropy(cosface_logits(cosines(f, weight), batch.labels, 50.0, 0.2), batch.labels)
     expected = expected + 3.0 * (f - projected).square().mean() + 1.5 * overlap
     assert_close(method.loss(batch), expected, rtol=1e-4, atol=1e-4)
     method.loss(batch).backward()

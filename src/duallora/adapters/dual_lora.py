@@ -171,7 +171,7 @@ class DualAdapter(Learned):
         """
         stack, c = self._stack, None if self._stack is None else self._stack.c
         if self._open is not None and self.psi is not None and self.c is not None:
-            # What is trained lies last; whose the bases are, and those that stay, were laid out once.
+            # What is trained lies last; fixed bases, and whose they are, were laid out once.
             stack, c = self._open, self.c if c is None else torch.cat([c, self.c])
             if self.psi.requires_grad:
                 fixed = stack.psi[:, : -self.psi.shape[1]]

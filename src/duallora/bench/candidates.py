@@ -99,7 +99,7 @@ class Training:
         before, classes = (0, classes * tasks) if candidate.at_once else (tasks - 1, classes)
         self.learner = simulated_learner(backbone, candidate.config, before, classes, device=machine)
         self.method, self.machine = self.learner.method, machine
-        self.batch = batch or candidate.config.batch_size
+        self.batch = batch or candidate.config.step_images
         info, size = task_info(before, classes), backbone.info.input_size
         self.task = RandomTask(info, max(images, 2 * classes), size, machine.device)
         self.first = before == 0

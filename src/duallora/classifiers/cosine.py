@@ -24,8 +24,8 @@ def head_cosines(heads: Heads, f: Tensor) -> Tensor:
     return cosines(f[:, : heads.dim], torch.cat([head.get_parameter("weight") for head in heads.tasks]))
 
 
-def cosface(cosine: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
-    """Cross-entropy of ``scale (cos - margin)`` at the right class and ``scale cos`` at the others.
+def cosface_logits(cosine: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
+    """Logits (n, k): ``scale (cos - margin)`` at the right class and ``scale cos`` at the others.
 
     "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (CVPR 2018, arXiv 1801.09414).
 
@@ -35,4 +35,4 @@ def cosface(cosine: Tensor, labels: Tensor, scale: float, margin: float) -> Tens
         scale: multiplies the cosines.
         margin: by how much the right one has to lead.
     """
-    return F.cross_entropy(scale * (cosine - margin * F.one_hot(labels, cosine.shape[1])), labels)
+    return scale * (cosine - margin * F.one_hot(labels, cosine.shape[1]))

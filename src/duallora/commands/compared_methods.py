@@ -67,7 +67,7 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
             values = common | own
         try:
             # Who names epochs means just these, unless the least steps are named too.
-            least = {"min_steps": 0} if "epochs" in values else {}
+            least: dict[str, Any] = {"min_steps": 0} if "epochs" in values else {}
             lines.append(Line(name, method, METHODS[method].config(**(least | values))))
         except DualLoRAError as error:
             raise DualLoRAError(f"{asked}: {error}") from error

@@ -45,12 +45,14 @@ def evaluate(
     from duallora.runtime.compute import Compute
     from duallora.storage.documents import percent
     from duallora.streams import FolderDataset, evaluation_folder
+    from duallora.streams.labels import refuse_two_labels
 
     if worst_out is not None:
         require_folder(worst_out, "--worst-out")
     machine = Compute(device, precision=precision).start()
     learner = ContinualLearner.load(model, device=machine, exact_readouts=False)
     dataset = FolderDataset(evaluation_folder(folder))
+    refuse_two_labels(dataset.labelled)
     try:
         found = learner.evaluate(dataset)
     except DualLoRAError:

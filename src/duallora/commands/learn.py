@@ -75,6 +75,7 @@ def learn(
 
     from duallora.runtime.progress import Progress
     from duallora.sharing.place import own_folder
+    from duallora.storage.documents import percent
     from duallora.teaching.lesson import Lesson
     from duallora.teaching.model_request import ModelRequest
     from duallora.teaching.training_images import TrainingImages, labelled
@@ -107,6 +108,9 @@ def learn(
     console.line(
         f"{model} has learned {record.name}: {len(record.classes)} classes, {record.train_images} images"
     )
+    if record.kept_accuracy is not None:
+        share = f"{percent(record.kept_accuracy)} % of {record.kept_images} held-back images"
+        console.line(f"epoch {record.kept_epoch} of {record.epochs} kept: {share}")
     _tell_measured(learned)
     console.final_feature(found)
     if found.info.name == "embedded":
@@ -137,6 +141,11 @@ def _tell_measured(learned: Learned) -> None:
         share, error = percent(held_back.accuracy), held_back.calibration_error
         console.line(f"held-back accuracy: {share} % on {len(held_back.answers)} images")
         console.line(f"calibration error: {'-' if error is None else f'{error:.3f}'}")
+        below = learned.record.unknown_below
+        if below is not None:
+            console.line(
+                f"unknown below a familiarity of {below:.2f}: by these images, 95 % of new ones are above"
+            )
     counts = confused(learned.known, learned.record.classes, [held_back, learned.check])
     if counts is not None:
         worst = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_SHOWN))

@@ -16,7 +16,7 @@ def predict(
     image: list[Path],
     *,
     top: int = 3,
-    unknown_below: float | None = None,
+    unknown_below: float | Literal["auto"] | None = None,
     explain: Path | None = None,
     out: Path | None = None,
     json: bool = False,
@@ -29,7 +29,8 @@ def predict(
         model: folder of the saved model, or hf:OWNER/NAME
         image: image files and folders of images, which are walked
         top: how many classes are given for each image
-        unknown_below: call images unknown whose familiarity (1 - unknown) is below this, from 0 to 1
+        unknown_below: call images unknown whose familiarity (1 - unknown) is below this, from 0 to 1; auto
+            takes what the held-back images of the lesson named say, which 95 % of new images lie above
         explain: write a picture for each image to DIR, with what spoke for the answer bright
         out: also write a CSV file
         json: print one JSON document
@@ -37,13 +38,15 @@ def predict(
         precision: of the backbone; beside 32, an answer may depend on the other images of its batch
     """
     require_range("--top", top, 1, 1000)
-    require_range("--unknown-below", unknown_below, 0, 1)
+    given = None if unknown_below == "auto" else unknown_below
+    require_range("--unknown-below", given, 0, 1)
     if out is not None and not out.absolute().parent.is_dir():
         raise DualLoRAError(f"the folder of --out {out} does not exist; create it first.")
 
     from duallora.explaining.explain import METHOD
     from duallora.explaining.pictures import require_folder, write_explanations
     from duallora.learner import ContinualLearner
+    from duallora.outputs import unknown_thresholds
     from duallora.predictions import as_csv, as_document
     from duallora.runtime.compute import Compute
     from duallora.storage.atomic import write_atomic
@@ -53,8 +56,9 @@ def predict(
         require_folder(explain, "--explain")
     machine = Compute(device, precision=precision).start()
     learner = ContinualLearner.load(model, device=machine, exact_readouts=False)
+    below = unknown_thresholds(learner.tasks) if unknown_below == "auto" else {}
     found = learner.predict(paths, top=top)
-    records = [as_document(prediction, unknown_below) for prediction in found]
+    records = [as_document(each, below.get(each.task, given)) for each in found]
     explained = [] if explain is None else write_explanations(learner, paths, explain)
     for record, each in zip(records, explained, strict=False):
         record["explanation"] = str(each.picture)

@@ -21,7 +21,8 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
         heat: (rows, columns), in [0, 1].
     """
     scale = min(_LONGEST / max(picture.size), max(1.0, _SHORTEST / min(picture.size)))
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    size = (width, height)
     image = np.asarray(picture.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
     small = Image.fromarray(heat.float().cpu().numpy())
     values = np.asarray(small.resize(size, Image.Resampling.BICUBIC), dtype=np.float64).clip(0, 1)[..., None]

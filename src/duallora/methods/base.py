@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from duallora.adapters.lora import Beside, LowRank, put_beside
 from duallora.adapters.per_pass import PerPass
@@ -19,6 +18,7 @@ from duallora.classifiers.calibration import calibrate
 from duallora.classifiers.class_statistics import ByRow, ClassMoments, ClassStatistics
 from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
+from duallora.methods.class_weights import ClassLoss
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
@@ -57,6 +57,8 @@ class Method:
         more_passes: in a few words, how they grow with the tasks; empty where they do not.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
         leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
+        class_loss: the mean over images in a loss, with the weights of their classes.
+        computing: whether the pass leaves the cache alone.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
         orthogonal_norm: norm of the latest task's (merged) update over that of ``W_0``, mean over adapted
             layers; None without, or where an update is no matrix.
@@ -88,6 +90,7 @@ class Method:
         self.starts = Heads(width, self.device)
         self.rows = ClassStatistics(backbone.row_dim, self.device)
         self.leader: Heads | None = None
+        self.class_loss = ClassLoss()
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
         for name in ("heads", "starts", "rows", "adapters"):
@@ -96,7 +99,7 @@ class Method:
         self.beside_mlp: dict[int, BesideMLP] = {}
         self._before: Sequence[Tensor | None] = []
         self.by_row: list[ByRow] = []
-        self._computing: PerPass[bool] = PerPass()  # whether the cache is left alone
+        self.computing: PerPass[bool] = PerPass()
         self.orthogonal_norm: float | None = None
         self.residual_norm: float | None = None
 
@@ -145,7 +148,11 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
-        return F.cross_entropy((self.leader or self.heads).current(self.features(batch.images)), batch.labels)
+        return self.class_loss.cross_entropy(self.current_logits(batch.images), batch.labels)
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Logits (n, |Y_t|) of the classes of the task that is trained, by the head that leads it."""
+        return (self.leader or self.heads).current(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), fp32, as passes and training see them; the final feature comes first."""
@@ -166,7 +173,7 @@ class Method:
 
         For methods whose adapters are off but for their own passes.
         """
-        cache = None if self._computing.get() else self.context.cache
+        cache = None if self.computing.get() else self.context.cache
         found = None if cache is None else cache.lookup(images)
         if found is not None:
             return found.to(images.device)
@@ -232,7 +239,7 @@ class Method:
 
         Args:
             first: field ``first_adapted_layer``.
-            make: d -> the update, see :class:`BesideMLP`; called in the order of the layers. It is saved
+            make: d -> the update, see :class:`.BesideMLP`; called in the order of the layers. It is saved
                 under ``mlp`` and the layer.
         """
         layers = adapted_layers(self.backbone, first)
@@ -256,37 +263,28 @@ class Method:
 
     @torch.no_grad()
     def logits(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
-        """As :meth:`readouts`, without gradients."""
-        return self.readouts(images, cached=cached)
-
-    def readouts(self, images: Tensor, *, cached: bool = True) -> BatchOutputs:
         """Readouts of a batch; the answer for an image does not depend on the others.
 
         Args:
             images: (B, 3, H, W).
             cached: features of the bare backbone may come from the cache; else all of it is computed.
         """
-        config = self.config
-        with self.context.reading(), self._computing.holding(not cached):
+        with self.context.reading(), self.computing.holding(not cached):
             encoding = self.encode(images)
-        logits = self.head_logits(encoding)
+        return self.readouts(encoding)
+
+    def readouts(self, encoding: Encoding) -> BatchOutputs:
+        """What a forward pass says, with gradients where it has them."""
+        config, logits = self.config, self.head_logits(encoding)
         log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
-        log_task = self.task_posterior(encoding, log_q)
-        calibrated = None
+        log_task, calibrated = self.task_posterior(encoding, log_q), None
         if config.calibration != "none":
-            calibrated = calibrate(
-                logits, log_q, log_task, self.rows.row_task, config.calibration, config.tau
-            )
+            row_task = self.rows.row_task
+            calibrated = calibrate(logits, log_q, log_task, row_task, config.calibration, config.tau)
         if self.realigned:  # they began under the covariance of their time, which later tasks change
             logits = log_q + (logits - self.starts(encoding.features)) / 2
-        return BatchOutputs(
-            logits.log_softmax(1),
-            calibrated,
-            log_task,
-            familiarity,
-            encoding.gate,
-            self.final(encoding.features),
-        )
+        heads, features = logits.log_softmax(1), self.final(encoding.features)
+        return BatchOutputs(heads, calibrated, log_task, familiarity, encoding.gate, features)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses classes of a task: their rows and head outputs, with the last one all that is the task's own.

@@ -114,14 +114,18 @@ class CLLoRA(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of cosines, what keeps the early exit, and what keeps block weights apart."""
-        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
-            features = self.backbone(batch.images).float()
-        loss = F.cross_entropy(self._logits(features), batch.labels)
+        loss = self.class_loss.cross_entropy(self.current_logits(batch.images), batch.labels)
         if self._teacher:
             loss = loss + self.config.distillation * self._early_exit_loss(batch.images)
         return loss + self.config.orthogonality * self._weights_cosine()
 
-    def _logits(self, features: Tensor) -> Tensor:
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Cosines (n, |Y_t|) times sigma, with the task's own pairs for every image."""
+        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
+            features = self.backbone(images).float()
+        return self._cosines(features)
+
+    def _cosines(self, features: Tensor) -> Tensor:
         """``sigma cos(f, w_c)`` of the current head (n, |Y_t|)."""
         found = cosines(self.final(features), self.heads.tasks[-1].get_parameter("weight"))
         return found if self._sigma is None else self._sigma * found
@@ -145,8 +149,8 @@ class CLLoRA(Method):
             finally:
                 for wrapper in wrappers:
                     wrapper.separate()
-        soft = (self._logits(old.float()) / t).softmax(1)
-        return -(soft * (self._logits(new.float()) / t).log_softmax(1)).sum(1).mean()
+        soft = (self._cosines(old.float()) / t).softmax(1)
+        return -(soft * (self._cosines(new.float()) / t).log_softmax(1)).sum(1).mean()
 
     def _weights_cosine(self) -> Tensor:
         """Mean over earlier tasks of ``|cos|`` between their block weights and those in training."""

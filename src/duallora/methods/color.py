@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from duallora.adapters.lora import LowRank
 from duallora.adapters.per_pass import PerPass
@@ -122,9 +121,13 @@ class CoLoR(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the current classes, with the current task's LoRA for every image."""
+        return self.class_loss.cross_entropy(self.current_logits(batch.images), batch.labels)
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Logits of the current classes, with the current task's LoRA for every image."""
         with self.context.autocast(), self.acting(len(self.heads.tasks) - 1):
-            features = self.backbone(batch.images).float()
-        return F.cross_entropy(self.heads.current(features), batch.labels)
+            features = self.backbone(images).float()
+        return self.heads.current(features)
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """Centres of the task's frozen features, then the rows, each image with the LoRA it would get."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from duallora.errors import DualLoRAError
 
@@ -14,9 +15,13 @@ ADDED_FIELDS = {
     "weight_decay": 0.0,
     "min_steps": 0,
     "first_epochs": None,
+    "class_weights": "none",
 }
 """Fields that came after the first published results, with the values at which those were made."""
 
+
+STEP_IMAGES = 32
+"""Images per optimiser step, where nothing else is asked for."""
 
 RETIRED_FIELDS = frozenset({"orthogonal_update"})
 """Fields of models saved earlier that said how a task was trained, and say nothing of what was learned."""
@@ -31,13 +36,16 @@ class MethodConfig:
         first_epochs: passes over those of the first task; null is ``epochs``.
         min_steps: optimiser steps that a task gets at least, by further passes: few images need as many. On
             a command line or in a file, 0 where ``epochs`` is named and this is not.
-        batch_size: images per optimiser step.
+        batch_size: images per optimiser step; with auto as many as the default, on a GPU in as few pieces as
+            its memory holds.
         head_learning_rate: learning rate of the heads.
         optimizer: adam, adamw, or sgd with momentum .9.
         schedule: of the learning rates over a task: one cosine to zero, none, a quarter of a cosine by epochs
             as the code of CODA-Prompt and InfLoRA has it, or a tenth in the last fifth of the epochs.
         weight_decay: of everything that is trained, as the optimizer has it.
         calibration: how the calibrated readout joins heads, class statistics and task identity.
+        class_weights: of the classes in the loss: all count the same (balanced) in a task where one has more
+            than three times the images of another; or none.
         tau: weight of the task posterior with ``calibration="task"``.
     """
 
@@ -53,13 +61,19 @@ class MethodConfig:
     epochs: int = 4
     first_epochs: int | None = None
     min_steps: int = 100
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = STEP_IMAGES
     head_learning_rate: float = 5e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     schedule: Literal["cosine", "constant", "quarter-cosine", "step"] = "cosine"
     weight_decay: float = 0.0
     calibration: Literal["class", "task", "none"] = "class"
+    class_weights: Literal["none", "balanced"] = "none"
     tau: float = 1.0
+
+    @property
+    def step_images(self) -> int:
+        """Images per optimiser step, as a number."""
+        return STEP_IMAGES if self.batch_size == "auto" else self.batch_size
 
     def __post_init__(self) -> None:
         """Refuses values outside what a field allows.
@@ -111,12 +125,15 @@ def epochs_for(config: MethodConfig, images: int, task: int) -> int:
     """Passes over a task of so many images that reach both its epochs and ``min_steps``; tasks from 0."""
     first = config.first_epochs if task == 0 else None
     epochs = config.epochs if first is None else first
-    return max(epochs, math.ceil(config.min_steps / max(math.ceil(images / config.batch_size), 1)))
+    return max(epochs, math.ceil(config.min_steps / max(math.ceil(images / config.step_images), 1)))
 
 
 def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:
-    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and type(None) in kinds:
+        return
+    words = [word for other in kinds[1:] for word in get_args(other)]
+    if value in words:
         return
     kind = kinds[0]
     if get_origin(kind) is Literal:
@@ -129,6 +146,7 @@ def _check_field(name: str, value: Any, hint: Any, positive: bool) -> None:
         return
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
-        raise DualLoRAError(f"{name} must be a {'whole' if kind is int else 'finite'} number, not {value!r}.")
+        wanted = " or ".join(["a whole number" if kind is int else "a finite number", *words])
+        raise DualLoRAError(f"{name} must be {wanted}, not {value!r}.")
     if value < 0 or (positive and value == 0):
         raise DualLoRAError(f"{name} must be {'above' if positive else 'at least'} 0, not {value}.")

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
@@ -200,7 +199,7 @@ class DualLoRA(Method):
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
         with self.context.autocast():
             features = self.encode(batch.images, (batch.labels, batch.indices)).features
-        return F.cross_entropy((self.leader or self.heads).current(features), batch.labels)
+        return self.class_loss.cross_entropy((self.leader or self.heads).current(features), batch.labels)
 
     # -- after the task --------------------------------------------------------------------------------------
 

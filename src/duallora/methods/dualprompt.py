@@ -120,7 +120,7 @@ class DualPrompt(Method):
         with self.context.autocast():
             query = self.query(batch.images)
             features = self._prompted(batch.images, dict.fromkeys(self.experts, task)).float()
-        loss = F.cross_entropy(self.heads.current(features), batch.labels)
+        loss = self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
         own = torch.stack([pool.similarity(query)[:, -1] for pool in self.experts.values()])
         return loss + self.config.pull * (1 - own).sum(0).mean()
 

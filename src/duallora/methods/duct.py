@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from duallora.adapters.trained_copy import TrainedCopy
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.class_statistics import ByRow
-from duallora.classifiers.cosine import cosface, cosines, head_cosines
+from duallora.classifiers.cosine import cosines, head_cosines
 from duallora.classifiers.transport import transport_plan
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
@@ -121,9 +121,12 @@ class DUCT(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of scaled cosines over the classes of the current task."""
-        weight = self.heads.tasks[-1].get_parameter("weight")
-        cosine = cosines(self.final(self.features(batch.images)), weight)
-        return cosface(cosine, batch.labels, self.config.cosine_scale, 0.0)
+        logits = self.config.cosine_scale * self.current_logits(batch.images)
+        return self.class_loss.cross_entropy(logits, batch.labels)
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Cosines (n, |Y_t|) with the weights of the current head."""
+        return cosines(self.final(self.features(images)), self.heads.tasks[-1].get_parameter("weight"))
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Scaled cosines to all rows (n, R)."""
@@ -166,7 +169,7 @@ class DUCT(Method):
             for some in order.split(config.batch_size):
                 sgd.zero_grad()
                 cosine = cosines(features[some], trained)
-                cosface(cosine, labels[some], config.cosine_scale, 0.0).backward()
+                F.cross_entropy(config.cosine_scale * cosine, labels[some]).backward()
                 sgd.step()
         with torch.no_grad():
             weight.copy_(trained)

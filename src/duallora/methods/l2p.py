@@ -94,7 +94,7 @@ class L2P(Method):
         """Cross-entropy on the current classes, less the mean cosine of queries with the keys they chose."""
         with self.context.autocast():
             features, similarity = self._prompted(batch.images)
-        loss = F.cross_entropy(self.heads.current(features.float()), batch.labels)
+        loss = self.class_loss.cross_entropy(self.heads.current(features.float()), batch.labels)
         return loss - self.config.pull * similarity.mean()
 
     def extract(self, images: Tensor) -> Tensor:

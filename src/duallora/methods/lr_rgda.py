@@ -91,7 +91,8 @@ class LRRGDA(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Symmetric cross-entropy on the current head."""
-        return symmetric_cross_entropy(self.heads.current(self.features(batch.images)), batch.labels)
+        logits = self.current_logits(batch.images)
+        return self.class_loss.mean(symmetric_cross_entropy(logits, batch.labels), batch.labels)
 
     @torch.no_grad()
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:

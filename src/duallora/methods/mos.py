@@ -137,13 +137,20 @@ class MOS(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the current classes, and the contrast to class means and in the batch."""
-        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
-            f = self.final(self.backbone(batch.images).float())
+        f = self._own_features(batch.images)
         points = torch.cat([self.gaussians.mean.to(f.device), f])
         products = points @ points.T / self.config.contrast_temperature
         contrast = F.cross_entropy(products, torch.arange(len(points), device=f.device))
-        loss = F.cross_entropy(self.heads.current(f), batch.labels)
+        loss = self.class_loss.cross_entropy(self.heads.current(f), batch.labels)
         return loss + self.config.contrast * contrast
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Logits (n, |Y_t|) of the current head, through the task's own adapter."""
+        return self.heads.current(self._own_features(images))
+
+    def _own_features(self, images: Tensor) -> Tensor:
+        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
+            return self.final(self.backbone(images).float())
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -187,7 +194,7 @@ class MOS(Method):
         if not self.heads.tasks:
             return Encoding(self.backbone(images).float())
         look, row_task = self._look(images), row_tasks(self.heads)
-        chosen = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        chosen = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
         first = features = look(chosen)
         with torch.autocast(images.device.type, enabled=False):
             similar = cosines(self.final(first), self.prototypes.direction.to(images.device))

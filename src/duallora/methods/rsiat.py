@@ -21,7 +21,7 @@ from duallora.adapters.bottleneck import Bottleneck
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.cosine import cosface, cosines, head_cosines
+from duallora.classifiers.cosine import cosface_logits, cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -130,7 +130,7 @@ class RSIAT(Method):
                 self._teacher[layer] = copy.deepcopy(wrapper.update).requires_grad_(False)
             self._prototypes = self.gaussians.mean.to(self.device)
         elif task.index == 0 and len(task.classes) > 1:
-            self.step, self.epoch_steps = 0, -(-count_images(loader) // self.config.batch_size)
+            self.step, self.epoch_steps = 0, -(-count_images(loader) // self.config.step_images)
         super().prepare(task, loader)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -146,11 +146,16 @@ class RSIAT(Method):
             groups.append({"params": list(self.projector.parameters()), **rates})
         return groups
 
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Cosines (n, |Y_t|) with the weights of the current head."""
+        return cosines(self.final(self.features(images)), self.heads.tasks[-1].get_parameter("weight"))
+
     def loss(self, batch: Batch) -> Tensor:
         """CosFace over the classes of the current task, and what steers the first or holds a later one."""
         config, f = self.config, self.final(self.features(batch.images))
         cosine = cosines(f, self.heads.tasks[-1].get_parameter("weight"))
-        loss = cosface(cosine, batch.labels, config.cosine_scale, config.margin)
+        logits = cosface_logits(cosine, batch.labels, config.cosine_scale, config.margin)
+        loss = self.class_loss.cross_entropy(logits, batch.labels)
         if not self._teacher:
             weight = config.steering * self.warmup
             return loss + weight * steering_loss(f, batch.labels, config.push, config.steering_margin)

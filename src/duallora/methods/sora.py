@@ -112,7 +112,7 @@ class SoRA(Method):
             return  # nothing will be trained
         images = count_images(loader)
         self.epochs = epochs_for(self.config, images, task.index)
-        self.step, self.steps = 0, self.epochs * math.ceil(images / self.config.batch_size)
+        self.step, self.steps = 0, self.epochs * math.ceil(images / self.config.step_images)
         generator = self.generator(task.index, "adapter")
         for update in self.updates:
             update.open(self.config.rank, generator)

@@ -13,7 +13,7 @@ from torch import Tensor
 from duallora.adapters.bottleneck import Bottleneck
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.cosine import cosface, cosines, head_cosines
+from duallora.classifiers.cosine import cosface_logits, cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -59,10 +59,13 @@ class SSIAT(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """CosFace over the classes of the current task."""
-        cosine = cosines(
-            self.final(self.features(batch.images)), self.heads.tasks[-1].get_parameter("weight")
-        )
-        return cosface(cosine, batch.labels, self.config.cosine_scale, self.config.margin)
+        cosine = self.current_logits(batch.images)
+        logits = cosface_logits(cosine, batch.labels, self.config.cosine_scale, self.config.margin)
+        return self.class_loss.cross_entropy(logits, batch.labels)
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Cosines (n, |Y_t|) with the weights of the current head."""
+        return cosines(self.final(self.features(images)), self.heads.tasks[-1].get_parameter("weight"))
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Scaled cosines to all rows (n, R)."""

@@ -19,7 +19,7 @@ from duallora.adapters.bottleneck import TaskBottlenecks
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.cosine import cosface, cosines, head_cosines
+from duallora.classifiers.cosine import cosface_logits, cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -140,11 +140,16 @@ class TUNA(Method):
     def loss(self, batch: Batch) -> Tensor:
         """CosFace over the current classes, and what keeps the up-projection apart from earlier ones."""
         task, config = len(self.heads.tasks) - 1, self.config
-        with self.context.autocast(), self._acting.holding(task):
-            f = self.final(self.backbone(batch.images).float())
-        cosine = cosines(f, self.heads.tasks[task].get_parameter("weight"))
-        loss = cosface(cosine, batch.labels, config.cosine_scale, config.margin)
+        cosine = self.current_logits(batch.images)
+        logits = cosface_logits(cosine, batch.labels, config.cosine_scale, config.margin)
+        loss = self.class_loss.cross_entropy(logits, batch.labels)
         return loss + config.orthogonality * math.exp(-task - 1) * self._overlap(task)
+
+    def current_logits(self, images: Tensor) -> Tensor:
+        """Cosines (n, |Y_t|) with the weights of the current head, through the task's own adapter."""
+        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
+            f = self.final(self.backbone(images).float())
+        return cosines(f, self.heads.tasks[-1].get_parameter("weight"))
 
     def _overlap(self, task: int) -> Tensor:
         """Sum over earlier tasks of the mean over layers of ``|u_i . u_t|``, u the mean unit column of U."""

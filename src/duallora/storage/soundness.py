@@ -80,6 +80,8 @@ def _tasks_fault(manifest: Mapping[str, Any]) -> str | None:
             return "a task has no name or no classes"
         if not isinstance(task["learned_at"], str) or not _is_count(task["train_images"]):
             return "a task does not say when or from how many images it was learned"
+        if not isinstance(task.get("unknown_below"), int | float | None):
+            return "a task does not say in a number what is unknown"
         numbers = (value for value in task.values() if isinstance(value, int | float))
         if not all(0 <= value <= _LARGEST for value in numbers):  # also refuses NaN
             return "a task has a number that cannot be"

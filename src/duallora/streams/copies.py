@@ -36,30 +36,32 @@ def copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> list[tu
     """The test files that have the bytes of a training file, each with the first of those."""
     sizes: dict[int, list[Path]] = defaultdict(list)
     for path in dict.fromkeys(train):
-        if path is not None and (size := _size(path)):
+        if path is not None and (size := size_of(path)):
             sizes[size].append(path)
     digests: dict[int, dict[str, Path]] = {}
     found = []
     for path in dict.fromkeys(test):
-        size = 0 if path is None else _size(path)
+        size = 0 if path is None else size_of(path)
         if path is None or size not in sizes:
             continue
         if size not in digests:
-            digests[size] = {_digest(twin): twin for twin in reversed(sizes[size])}
-        twin = digests[size].get(_digest(path))
+            digests[size] = {digest(twin): twin for twin in reversed(sizes[size])}
+        twin = digests[size].get(digest(path))
         if twin is not None:
             found.append((path, twin))
     return found
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where there is none to read."""
     try:
         return os.stat(path).st_size  # noqa: PTH116 - a million times
     except OSError:
         return 0  # whoever reads it says so
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """What files of the same bytes have in common, and no other has."""
     try:
         return sha256_of(path)
     except (DualLoRAError, OSError):

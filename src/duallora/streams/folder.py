@@ -87,6 +87,11 @@ class FolderDataset(Dataset[tuple[Image.Image, int]]):
         names = (normal(path.relative_to(self.folder).as_posix()) for path in self.paths)
         return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
 
+    @property
+    def labelled(self) -> list[tuple[Path | None, str]]:
+        """Per image, its file and the name of its class."""
+        return [(path, self.classes[target]) for path, target in zip(self.paths, self.targets, strict=True)]
+
     def find_bad_images(self, track: Track | None = None) -> dict[Path, str]:
         """Reads and decodes every image once.
 

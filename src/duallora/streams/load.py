@@ -13,6 +13,7 @@ from duallora.streams.by_path import FOLDER
 from duallora.streams.collection import Collection, Request, Scenario, StreamEntry
 from duallora.streams.copies import warn_of_copies
 from duallora.streams.domains import with_domains
+from duallora.streams.labels import refuse_two_labels
 from duallora.streams.registry import find_entry
 from duallora.streams.repeats import with_repeats
 from duallora.streams.sizes import Sizes
@@ -98,10 +99,14 @@ def load(
 
 
 def _checked(stream: Stream, entry: StreamEntry) -> Stream:
-    """Warns of images that are in both parts, where the images are the user's own."""
+    """Warns of images in both parts and refuses two labels of one, where the images are the user's own.
+
+    What is published is learned as it is, so that figures can be compared.
+    """
     if entry is FOLDER:
-        train, test = ([f for t in stream for f in getattr(t, part).files] for part in ("train", "test"))
-        warn_of_copies(train, test)
+        train, test = ([getattr(task, part) for task in stream] for part in ("train", "test"))
+        refuse_two_labels(each for view in [*train, *test] for each in view.labelled)
+        warn_of_copies(*([f for view in views for f in view.files] for views in (train, test)))
     return stream
 
 

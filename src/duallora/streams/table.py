@@ -102,7 +102,11 @@ def _placed(path: Path, lines: list[tuple[str, dict[str, str]]]) -> dict[str, _R
         if identity in first or shown in rows:
             earlier = first.get(identity, shown)
             also = "" if earlier == shown else f", which is {earlier},"
-            raise DualLoRAError(f"{where} names {shown}{also} a second time: leave one of the lines out")
+            label, other = cells["label"], rows[earlier].label
+            labels = "" if label == other else f", as {label} and as {other}, and an image has one label here"
+            raise DualLoRAError(
+                f"{where} names {shown}{also} a second time{labels}: leave one of the lines out"
+            )
         first[identity] = shown
         rows[shown] = _Row(file, cells["label"], role(cells["split"]) or "train", cells["domain"])
     if missing:

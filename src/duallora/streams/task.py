@@ -69,6 +69,11 @@ class TaskDataset(Dataset[tuple[Picture, int]]):
         own = _files(self._base)
         return [None if own is None else own[i] for i in self._indices]
 
+    @property
+    def labelled(self) -> list[tuple[Path | None, str]]:
+        """Per sample, its file and the name of its class."""
+        return [(file, self.classes[t]) for file, t in zip(self.files, self.targets, strict=True)]
+
     def subset(self, positions: Sequence[int]) -> TaskDataset:
         """The same view of fewer samples, given by their positions in it."""
         return TaskDataset(
@@ -91,6 +96,15 @@ def _files(base: Dataset[Any]) -> Sequence[Path | None] | None:
         ]
     paths: Sequence[Path] | None = getattr(base, "paths", None)
     return paths
+
+
+def of_classes(data: TaskDataset, classes: Sequence[str]) -> TaskDataset | None:
+    """The samples whose class is among these, with targets in their order; None where there are none."""
+    place = {name: i for i, name in enumerate(classes)}
+    view = data.subset([i for i, target in enumerate(data.targets) if data.classes[target] in place])
+    view.targets = [place[data.classes[target]] for target in view.targets]
+    view.classes = list(classes)
+    return view if view.targets else None
 
 
 @dataclass(frozen=True)

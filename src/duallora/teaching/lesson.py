@@ -116,13 +116,14 @@ class Lesson:
             known = tuple(learner.classes)
             before = Measured.on(learner, self.check)
             with self.request.granted(learner):
-                record = learner.learn(self.images.train, self.name_for(learner))
+                name, aside = self.name_for(learner), self.images.held_back
+                record = learner.learn(self.images.train, name, held_back=aside)
             after, comparison = Measured.on(learner, self.check), None
             if before is not None and after is not None:
                 comparison = Comparison(before.accuracy, after.accuracy)
                 comparison.require(self.max_drop)
             progress.begin("measuring on the images held back")
-            held_back = Measured.on(learner, self.images.held_back)
+            held_back = Measured.on(learner, aside)
             if held_back is not None:
                 record = held_back.note(learner)
             train = None

@@ -12,6 +12,7 @@ import torch
 from duallora.errors import CheckFailed
 from duallora.predictions import best, calibration_error, class_probabilities
 from duallora.storage.documents import percent
+from duallora.teaching.unknown import unknown_below
 
 if TYPE_CHECKING:
     from duallora.learner import ContinualLearner
@@ -49,12 +50,14 @@ class Measured:
         calibration_error: expected calibration error; None where it is undefined.
         answers: true and predicted class name of every image.
         confidence: probability of the predicted class of every image.
+        familiarity: of every image, in [0, 1].
     """
 
     accuracy: float
     calibration_error: float | None
     answers: tuple[tuple[str, str], ...]
     confidence: tuple[float, ...]
+    familiarity: tuple[float, ...]
 
     @classmethod
     def on(cls, learner: ContinualLearner, data: TaskDataset | FolderDataset | None) -> Measured | None:
@@ -66,12 +69,17 @@ class Measured:
         names = [(data.classes[t], learner.classes[c]) for t, c in zip(data.targets, found, strict=True)]
         right = torch.tensor([true == answer for true, answer in names])
         error = calibration_error(confidence, right)
-        return cls(int(right.sum()) / len(right), error, tuple(names), tuple(confidence.tolist()))
+        familiarity = tuple(outputs.familiarity.tolist())
+        accuracy = int(right.sum()) / len(right)
+        return cls(accuracy, error, tuple(names), tuple(confidence.tolist()), familiarity)
 
     def note(self, learner: ContinualLearner) -> TaskRecord:
-        """Puts the accuracy on held-back images into the record of the latest task, to be saved with it."""
+        """Puts what held-back images say into the record of the latest task, to be saved with it."""
         record = dataclasses.replace(
-            learner.tasks[-1], held_back_accuracy=self.accuracy, held_back_images=len(self.answers)
+            learner.tasks[-1],
+            held_back_accuracy=self.accuracy,
+            held_back_images=len(self.answers),
+            unknown_below=unknown_below(self.familiarity),
         )
         learner.tasks[-1] = record
         return record

@@ -19,6 +19,7 @@ TRAINING_FIELDS = frozenset(
         "first_epochs",
         "min_steps",
         "batch_size",
+        "class_weights",
         "learning_rate",
         "head_learning_rate",
         "optimizer",

@@ -18,6 +18,7 @@ from duallora.streams import (
     train_and_val,
 )
 from duallora.streams.copies import warn_of_copies
+from duallora.streams.labels import refuse_two_labels
 from duallora.streams.task import as_task_dataset
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class TrainingImages:
             start = time.perf_counter()
             _check(train, progress)
             seconds = time.perf_counter() - start
+            refuse_two_labels([*train.labelled, *([] if val is None else val.labelled)])
             if val is None:
                 kept, held = hold_back(train)
                 warn_of_copies(kept.files, [] if held is None else held.files)
@@ -83,6 +85,7 @@ def labelled(folder: Path, progress: Progress, *, skip_bad_images: bool) -> Fold
     with _remedy():
         dataset = FolderDataset(evaluation_folder(folder), skip_bad_images=skip_bad_images)
         _check(dataset, progress)
+    refuse_two_labels(dataset.labelled)
     return dataset
 
 
