@@ -73,6 +73,16 @@ def test_the_index_has_every_document() -> None:
     assert {name for name in others if f"]({name})" not in index} == set()
 
 
+def test_every_method_is_described() -> None:
+    registry = (PACKAGE / "methods" / "__init__.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'^    "([\w-]+)": "\w+\.\w+",$', registry, re.MULTILINE))
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^### `([\w-]+)`", text, re.MULTILINE))
+    assert names - described == {"duallora", "lora", "linear", "frozen", "joint"}
+    glance = text.split("## At a glance")[1].split("\n## ")[0]
+    assert {name for name in described if f"[`{name}`](#" not in glance} == set()
+
+
 def test_the_architecture_lists_the_packages_in_the_order_of_their_imports() -> None:
     table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Packages")[1]
     listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", table, re.MULTILINE)
