@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 from sklearn.datasets import load_digits
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -39,11 +39,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = write_digits(Path(folder) / "digits")
         expect.set_options(timeout=200_000)
-        with running(Path(folder) / "numbers") as address, sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"),
-                args=["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"],
-            )
+        residual = ("--epochs", "2", "--method.residual", "own")
+        with running(Path(folder) / "numbers", *residual) as address, sync_playwright() as playwright:
+            browser = chromium(playwright)
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
             page.set_default_timeout(200_000)
             for name, view in VIEWS.items():
@@ -73,13 +71,16 @@ def write_digits(folder: Path, each: int = 15) -> Path:
 
 
 @contextmanager
-def running(model: Path) -> Iterator[str]:
-    """The page of a new model with residual adapters; gives its address."""
+def running(model: Path, *options: str) -> Iterator[str]:
+    """The page of a new model; gives its address.
+
+    Args:
+        model: its folder.
+        options: of ``duallora app``.
+    """
     entry = "from duallora.cli import main; raise SystemExit(main())"
-    options = ["--port", "0", "--epochs", "2", "--method.residual", "own"]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", entry, "app", str(model), *options], stdout=subprocess.PIPE, text=True
-    )
+    words = [sys.executable, "-u", "-c", entry, "app", str(model), "--port", "0", *options]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield re.findall(r"http://[^;]+", process.stdout.readline())[0]
@@ -92,6 +93,12 @@ def start(page: Page, address: str, images: Path) -> None:
     """The view Teach of a model that knows nothing yet, with its example."""
     page.goto(address)
     page.get_by_role("button", name="Teach the example").wait_for()
+
+
+def chromium(playwright: Playwright) -> Browser:
+    """Debian's Chromium, with a camera that shows a moving test picture."""
+    flags = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"]
+    return playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
 
 
 def teach(page: Page, address: str, images: Path) -> None:
@@ -119,6 +126,8 @@ def attempt(page: Page, address: str, images: Path) -> None:
     page.get_by_role("tab", name="Try").click()
     page.locator("#picture input[type=file]").set_input_files(str(images / "nine" / "nine-14.png"))
     expect(page.locator("#answer")).to_contain_text("Familiarity")
+    page.get_by_role("button", name="Show why").click()
+    expect(page.locator("#why")).to_contain_text("Bright parts")
     some = [images / name / f"{name}-1{number}.png" for number, name in enumerate(("one", "two", "four"))]
     page.locator("#try-images input[type=file]").set_input_files([str(path) for path in some])
     expect(page.locator("#try-images .field-said")).to_contain_text("ready")

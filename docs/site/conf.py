@@ -28,11 +28,12 @@ myst_heading_anchors = 4
 suppress_warnings = ["toc.not_included", "myst.header"]
 highlight_language = "none"  # of blocks that name no language
 nitpicky = True
-# Types of other libraries: their references are not here, and a build reaches for no network.
+# Types of other libraries, whose references are not here (a build reaches for no network), and private ones.
 _OTHERS = "torch|nn|Tensor|Fabric|timm|PIL|numpy|np|rich|collections|contextlib|pathlib|typing|T"
-nitpick_ignore_regex = [(r"py:.*", rf"(duallora\.runtime\.progress\.T|{_OTHERS})\b.*")]
+nitpick_ignore_regex = [(r"py:.*", rf"(duallora\.(\w+\.)*(T\b|_\w+)|({_OTHERS})\b.*)")]
 
 autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True

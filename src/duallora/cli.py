@@ -33,6 +33,8 @@ VERBS = {
     "export": "duallora.commands.export:export",
     "bench": "duallora.commands.bench:bench",
     "forget": "duallora.commands.forget:forget",
+    "push": "duallora.commands.push:push",
+    "pull": "duallora.commands.pull:pull",
     "serve": "duallora.commands.serve:serve",
     "app": "duallora.commands.app:app",
 }

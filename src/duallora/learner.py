@@ -31,6 +31,8 @@ from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel
 from duallora.runtime.compute import Machine
 from duallora.runtime.progress import Progress
+from duallora.sharing.local import local_folder
+from duallora.sharing.place import own_folder
 from duallora.storage import checkpoint
 from duallora.storage.soundness import check
 from duallora.streams.names import hint_at_case
@@ -282,7 +284,7 @@ class ContinualLearner:
             DualLoRAError: if another process is writing there, or has written since this learner was loaded,
                 or the disk is full.
         """
-        with checkpoint.exclusive(Path(path)):
+        with checkpoint.exclusive(own_folder(path)):
             self.commit(Path(path))
 
     def commit(self, folder: Path) -> None:
@@ -319,7 +321,7 @@ class ContinualLearner:
         """Loads a saved learner; it predicts, and goes on learning, exactly as the one that was saved.
 
         Args:
-            path: the folder.
+            path: the folder, or ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION`` on the hub.
             device: where to compute, as for a new one.
             progress: where to report; the default is silent.
             backbone: the frozen backbone, if it cannot be loaded by its name.
@@ -329,7 +331,7 @@ class ContinualLearner:
         Raises:
             DualLoRAError: if the folder holds no sound model, or the backbone is another than the model's.
         """
-        folder = Path(path)
+        folder = local_folder(path)
         manifest, tensors = checkpoint.read(folder)
         return cls.restored(folder, manifest, tensors, device, progress, backbone, features, exact_readouts)
 

@@ -67,6 +67,16 @@ class TaskRecord:
         """Whether the task has been taken back; what is left is its place in the order."""
         return not self.classes
 
+    def figures(self, number: int) -> dict[str, float]:
+        """What of it a logger shows, by name.
+
+        Args:
+            number: of the task, from 1.
+        """
+        found = {"norm/orthogonal": self.orthogonal_norm, "norm/residual": self.residual_norm}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {"task": float(number), "stored MB": self.stored_bytes / 1e6, **known}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self) | {"classes": list(self.classes)}

@@ -233,7 +233,7 @@ def _train(
                 drawn = [(next(found), share) for _, share in own]
                 with _enough_memory(config.step_images):
                     try:
-                        fitting.run(drawn, gradients)
+                        loss = fitting.run(drawn, gradients)
                     # Of the way back, where a backend's own error comes as it is; the backbone sees to the
                     # way there. A fault of another kind comes again without the compiler.
                     except Exception as error:
@@ -242,9 +242,11 @@ def _train(
                         if not isinstance(error, (*compiler_errors(), RuntimeError)):
                             raise
                         method.backbone.leave_uncompiled(error)
-                        fitting.run(drawn, gradients)
+                        loss = fitting.run(drawn, gradients)
                 parallel.sum_gradients(trained)
                 optimizer.step()
+                if progress.recording:
+                    progress.record(_step_figures(loss, schedule.get_last_lr()), steps=1)
                 schedule.step()
                 method.after_step()
             if not all(bool(p.isfinite().all()) for p in trained):  # once an epoch: a GPU has to wait for it
@@ -276,11 +278,23 @@ def _enough_memory(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _gradients(method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[tuple[Batch, float]]) -> None:
-    """Gradients of a batch from its pieces, each with its share."""
+def _gradients(
+    method: Method, fabric: Fabric, optimizer: Any, drawn: Sequence[tuple[Batch, float]]
+) -> Tensor:
+    """Gradients of a batch from its pieces, each with its share; returns the mean loss of these images."""
     optimizer.zero_grad()
+    losses = []
     for batch, share in drawn:
-        fabric.backward(method.loss(batch) * share)
+        loss = method.loss(batch) * share
+        fabric.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() / max(sum(share for _, share in drawn), 1e-12)
+
+
+def _step_figures(loss: Tensor, rates: Sequence[float | Tensor]) -> dict[str, float]:
+    """Loss and learning rates of a step; the first group of parameters is the heads'."""
+    names = ("rate/heads", "rate/adapters", *(f"rate/adapters {n}" for n in range(2, len(rates))))
+    return {"loss": float(loss), **dict(zip(names, map(float, rates), strict=False))}
 
 
 def make_optimizer(

@@ -48,6 +48,11 @@ def test_the_whole_path(first_page: Page, pictures: Path, copies: Path) -> None:
     page.tab("Try")
     for name in ("ash", "beech"):
         page.try_one(pictures / name / "003.png", f"{name} (", "Lesson “ash, beech”")
+    page.page.get_by_role("button", name="Show why").click()
+    page.says("#why", "Why this answer", "spoke most for 'beech'", "gradient-weighted attention")
+    sync_api.expect(page.page.locator("#why img")).to_be_visible()
+    page.try_one(pictures / "ash" / "004.png", "ash (")
+    sync_api.expect(page.page.locator("#why")).to_have_text("")  # it was of the picture before
     # Two more classes, from a zip, and back again.
     page.tab("Teach")
     page.add("", [pictures / "more.zip"])

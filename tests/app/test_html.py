@@ -23,6 +23,7 @@ HOSTILE = "<img src=x onerror=alert(1)>&\"'"
         html.matrix(HOSTILE, [HOSTILE], [[0.5]]),
         html.progress(HOSTILE, 1, 2),
         html.pictures([("data:,", HOSTILE)]),
+        html.figure("data:,", HOSTILE),
     ],
 )
 def test_names_are_escaped(fragment: str) -> None:

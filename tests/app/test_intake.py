@@ -301,3 +301,23 @@ def test_files_of_a_folder_stay_where_they_are(uploads: Uploads, tmp_path: Path)
     assert all(each.path.exists() for each in found)
     with pytest.raises(DualLoRAError, match="does not exist"):
         files_of(tmp_path / "nowhere")
+
+
+def test_classes_are_added_all_or_none(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for number in range(3):
+            written(tmp_path / "pets" / name, f"{number}.png", number)
+    reads = []
+
+    def read(path: Path) -> Image.Image:
+        reads.append(path)
+        if len(reads) == 5:
+            raise MemoryError
+        return Image.open(path)
+
+    draft = Draft()
+    with pytest.raises(MemoryError):
+        draft.add([files_of(tmp_path / "pets")], "", read)
+    assert draft.files == {}
+    assert list(draft.adding([files_of(tmp_path / "pets")], "")) == [(done, 6) for done in range(6)]
+    assert {name: len(own) for name, own in draft.files.items()} == {"cat": 3, "dog": 3}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 
 def new_session(folder: Path, place: Path, **fields: Any) -> Session:
     place.mkdir(exist_ok=True)
-    method = MethodChoice("duallora", {"epochs": 1, "energy_threshold": 0.7, **fields})
+    method = MethodChoice("duallora", {"epochs": 1, "min_steps": 0, "energy_threshold": 0.7, **fields})
     return Session(folder, ModelRequest(method, device="cpu"), Uploads(place))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import threading
 import time
@@ -26,13 +27,16 @@ from command_line import Call, images
 
 from duallora import DualLoRAError
 from duallora.app import twins
-from duallora.app import view_try as ask
+from duallora.app.answer_report import shown
+from duallora.app.answers import Answer
+from duallora.app.image_field import chosen
 from duallora.app.intake import Draft
 from duallora.app.lesson_thread import Watched
-from duallora.app.session import Answer, Session
+from duallora.app.session import Session
 from duallora.app.shell import Shell
 from duallora.app.uploads import OLD, Uploads, files_of, named_folder
 from duallora.app.view_teach import Teach
+from duallora.app.view_try import Try
 from duallora.storage import checkpoint
 from duallora.teaching.method_choice import MethodChoice
 from duallora.teaching.model_request import ModelRequest
@@ -49,7 +53,7 @@ def uploads(tmp_path: Path) -> Uploads:
 
 @pytest.fixture
 def shell(call: Call, tmp_path: Path, uploads: Uploads) -> Iterator[Shell]:
-    method = MethodChoice("duallora", {"epochs": 1, "energy_threshold": 0.7})
+    method = MethodChoice("duallora", {"epochs": 1, "min_steps": 0, "energy_threshold": 0.7})
     session = Session(tmp_path / "model", ModelRequest(method, device="cpu"), uploads)
     yield Shell(session)
     session.close()
@@ -85,6 +89,11 @@ def png(number: int = 0) -> bytes:
     return buffer.getvalue()
 
 
+def added(teach: Teach, name: str, files: list[dict[str, Any]], who: Any, path: str = "") -> Any:
+    """What the view says in the end."""
+    return list(teach.on_add(name, json.dumps(files), "", path, who))[-1]
+
+
 def kept(uploads: Uploads) -> list[str]:
     return sorted(path.name for path in files_below(uploads.folder))
 
@@ -98,9 +107,9 @@ def aged(path: Path) -> None:
 
 def test_one_copy_stays_while_anybody_needs_it(teach: Teach, uploads: Uploads) -> None:
     picture = sent(uploads, 1)
-    teach.on_add("ash", [picture], "", "", A)
-    teach.on_add("beech", [picture], "", "", A)
-    teach.on_add("cedar", [picture], "", "", B)
+    added(teach, "ash", [picture], A)
+    added(teach, "beech", [picture], A)
+    added(teach, "cedar", [picture], B)
     teach.shell.visitors.show(teach.shell.visitors.of("c"), picture)
     for gone in (
         lambda: teach.on_remove("ash", A),
@@ -120,18 +129,18 @@ def test_a_failed_add_can_be_repeated(teach: Teach, uploads: Uploads) -> None:
     archive = packed(uploads, **{"1.png": png(1), "more/2.png": png(2), "more/same.png": png(3)})
     picture = sent(uploads, 1)
     for _ in range(2):
-        said = teach.on_add("", [archive, picture], "", "", A)
+        said = added(teach, "", [archive, picture], A)
         assert len(said) == 9 and "no class name" in said[0]
         assert kept(uploads) == ["1.png", "a.zip"]
-    said = teach.on_add("ash", [archive, picture], "", "", A)
+    said = added(teach, "ash", [archive, picture], A)
     assert "ash added" in said[0] and "a.zip" not in kept(uploads)
     assert len(teach.shell.visitors.of("a").draft.paths) == len(kept(uploads)) == 4
 
 
 def test_only_old_copies_that_nobody_needs_are_swept(teach: Teach, uploads: Uploads) -> None:
     learned, shown, chosen, waiting, _ = (sent(uploads, number) for number in range(5))
-    teach.on_add("ash", [learned], "", "", A)
-    teach.on_add("", [waiting], "", "", A)
+    added(teach, "ash", [learned], A)
+    added(teach, "", [waiting], A)
     teach.shell.visitors.show(teach.shell.visitors.of("a"), shown)
     for each in (learned, shown, chosen, waiting):
         aged(Path(each["path"]))
@@ -139,7 +148,7 @@ def test_only_old_copies_that_nobody_needs_are_swept(teach: Teach, uploads: Uplo
     aged(uploads.folder / "half-sent")
     uploads.sweep()
     assert kept(uploads) == ["0.png", "1.png", "4.png"] and uploads.folder.is_dir()
-    assert "choose it again" in teach.on_add("ash", [waiting], "", "", A)[0]
+    assert "choose it again" in added(teach, "ash", [waiting], A)[0]
 
 
 def test_sweeping_goes_on_by_itself_until_the_end(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +167,7 @@ def test_sweeping_goes_on_by_itself_until_the_end(uploads: Uploads, monkeypatch:
 
 
 def gave(teach: Teach, uploads: Uploads, name: str, first: int, who: Any = A) -> None:
-    teach.on_add(name, [sent(uploads, first + i) for i in range(4)], "", "", who)
+    added(teach, name, [sent(uploads, first + i) for i in range(4)], who)
 
 
 def test_only_what_was_taught_leaves_the_draft(
@@ -267,16 +276,21 @@ def test_a_damaged_stream_in_a_zip_is_a_sentence(teach: Teach, uploads: Uploads)
     place.write_bytes(data)
     with pytest.raises((zlib.error, OSError, EOFError, ValueError, zipfile.BadZipFile)):
         zipfile.ZipFile(place).read("a.png")
-    said = teach.on_add("ash", [{"path": str(place), "orig_name": "a.zip"}], "", "", A)
+    said = added(teach, "ash", [{"path": str(place), "orig_name": "a.zip"}], A)
     assert "a.zip is damaged or no zip archive" in said[0]
     assert kept(uploads) == ["a.zip"]
+
+
+def test_images_that_are_still_being_sent_are_waited_for(teach: Teach) -> None:
+    assert "still sending the images; wait" in list(teach.on_add("ash", '"sending"', "", "", A))[-1][0]
+    assert chosen("", None, "no list", "{}", "[1]") == []
 
 
 def test_paths_that_cannot_be_used_are_sentences(
     teach: Teach, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "home folder in ~nouser/x is not known" in teach.on_add("ash", [], "", "~nouser/x", A)[0]
-    assert "too long" in teach.on_add("ash", [], "", str(tmp_path / ("x" * 300)), A)[0]
+    assert "home folder in ~nouser/x is not known" in added(teach, "ash", [], A, "~nouser/x")[0]
+    assert "too long" in added(teach, "ash", [], A, str(tmp_path / ("x" * 300)))[0]
     assert named_folder(f' "{tmp_path}" ') == tmp_path
 
     def closed(path: Any) -> None:
@@ -288,8 +302,8 @@ def test_paths_that_cannot_be_used_are_sentences(
 
 
 def test_what_has_no_words_is_said_all_the_same(teach: Teach, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Draft, "add", lambda *_: 1 / 0)
-    assert "internal error: ZeroDivisionError" in teach.on_add("ash", [], "", "", A)[0]
+    monkeypatch.setattr(Draft, "adding", lambda *_: 1 / 0)
+    assert "internal error: ZeroDivisionError" in added(teach, "ash", [], A)[0]
     assert "choose a class first" in teach.on_remove(None, A)[0]
     monkeypatch.setattr(teach.session, "step_back", lambda: 1 / 0)
     assert any("ZeroDivisionError" in value for value in teach.shell.refresh() if isinstance(value, str))
@@ -301,16 +315,20 @@ def test_what_has_no_words_is_said_all_the_same(teach: Teach, monkeypatch: pytes
 def test_everything_that_was_answered_is_deleted(shell: Shell, uploads: Uploads, tmp_path: Path) -> None:
     shell.session.teach(draft_check(images(tmp_path / "pets", ["cat", "dog"], 4))).join()
     with gr.Blocks():
-        view = ask.Try(shell)
+        view = Try(shell)
     archive = packed(uploads, **{"box/1.png": png(1), "box/notes.txt": b"hello"})
-    said, *rest = view.on_many([archive], "", "", 0.2, A)
-    assert "1 image answered." in said and rest == [None, ""] and kept(uploads) == []
+    said, *rest = list(view.on_many(json.dumps([archive]), "", "", 0.2, A))[-1]
+    assert "1 image answered." in said and rest == ["", "", ""] and kept(uploads) == []
     archive = packed(uploads, **{"box/notes.txt": b"hello"})
-    assert "there are no images" in view.on_many([archive], "", "", 0.2, A)[0]
+    assert "there are no images" in list(view.on_many(json.dumps([archive]), "", "", 0.2, A))[-1][0]
     assert kept(uploads) == ["a.zip"]
     one = sent(uploads, 1)
     for _ in range(2):  # the slider asks about the same picture again
-        assert "Familiarity" in view.on_picture(one, 0.0, A) or "unknown" in view.on_picture(one, 0.0, A)
+        said, button, why = view.on_picture(one, 0.0, A)
+        assert ("Familiarity" in said or "unknown" in said) and button["visible"] and why == ""
+    explained, button = view.on_why(one, A)
+    assert "gradient-weighted attention" in explained and "data:image/png" in explained
+    assert not button["visible"]
     view.on_picture(None, 0.0, A)
     assert kept(uploads) == ["a.zip"]
 
@@ -334,7 +352,7 @@ def test_what_lies_far_from_what_was_taught_is_doubtful(familiarity: float, word
         "called_unknown": familiarity < 0.2,
         "top": [{"class": "cat", "probability": 0.66}],
     }
-    said = ask.shown(Answer(record, (("pets", 1.0),), False), 0.2)
+    said = shown(Answer(record, (("pets", 1.0),), False), 0.2)
     assert words in said and ("about 95 lie above 0.50" in said) == ("doubtful" in words)
 
 

@@ -82,7 +82,29 @@ def test_a_printed_configuration_gives_the_same_run(call: Call, tmp_path: Path, 
     (tmp_path / "run.yaml").write_text(printed.out)
     again = parse("run", run, ["--config", str(tmp_path / "run.yaml")])
     assert again == parse("run", run, words)
-    assert again["method"].config() == METHODS[name].config(epochs=7, tau=0.5)
+    assert again["method"].config() == METHODS[name].config(epochs=7, min_steps=0, tau=0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs", "steps"),
+    [
+        ([], 4, 100),
+        (["--epochs", "7"], 7, 0),
+        (["--method.epochs=7"], 7, 0),
+        (["--method.min_steps", "30", "--epochs", "7"], 7, 30),
+        (["--config", "cl100"], 4, 100),
+        (["--config", "digits"], 4, 0),
+        (["--config", "digits", "--method.min_steps", "30"], 4, 30),
+    ],
+)
+def test_who_names_epochs_means_just_these(words: list[str], epochs: int, steps: int) -> None:
+    config = parse("run", run, ["--out", "x", *words])["method"].config()
+    assert (config.epochs, config.min_steps) == (epochs, steps)
+    lesson = parse("learn", learn, ["model", "folder", *words[: 0 if "--config" in words else None]])[
+        "method"
+    ]
+    said = {} if lesson is None else dict(lesson.fields)
+    assert "--config" in words or said.get("min_steps", 100) == steps
 
 
 def test_a_printed_configuration_of_learn_keeps_what_is_not_said(call: Call, tmp_path: Path) -> None:
@@ -113,7 +135,7 @@ def test_the_command_line_wins_over_a_file(tmp_path: Path) -> None:
     for words in (["--seed", "5", "--config", str(file)], [f"--config={file}", "--seed=5"]):
         asked = parse("run", run, [*words, "--method", "lora", "--epochs", "9"])
         assert (asked["seed"], asked["stream"].tasks, asked["out"]) == (5, 2, Path("x"))
-        assert asked["method"].config() == METHODS["lora"].config(epochs=9, tau=3)
+        assert asked["method"].config() == METHODS["lora"].config(epochs=9, min_steps=0, tau=3)
 
 
 OF_METHODS = [name for name in shipped_configs() if name.startswith("methods/")]
@@ -123,8 +145,8 @@ OF_METHODS = [name for name in shipped_configs() if name.startswith("methods/")]
 def test_a_shipped_configuration_suits_every_method(name: str) -> None:
     for method in METHODS:
         asked = parse("run", run, ["--config", name, "--out", "x", "--method", method])
-        # The reference settings are the defaults, but for the steps that few images need.
-        steps = {} if name == "digits" else {"min_steps": 100}
+        # The reference settings are the defaults; digits need no further steps.
+        steps = {"min_steps": 0} if name == "digits" else {}
         assert asked["method"].config() == METHODS[method].config(**steps)
         assert asked["stream"].order == 1993
     assert parse("run", run, ["--config", f"{name}.yaml", "--out", "x"])["method"].name == "duallora"
@@ -138,7 +160,8 @@ def test_a_shipped_configuration_of_a_method_is_of_that_method_alone(call: Call,
     method = fields.pop("name")
     asked = parse("run", run, ["--config", name, "--out", "x"])
     assert asked["method"].name == method
-    assert asked["method"].config() == METHODS[method].config(**fields)
+    least = {"min_steps": 0} if "epochs" in fields else {}
+    assert asked["method"].config() == METHODS[method].config(**least, **fields)
     named = name.removeprefix("methods/")
     assert named in (method, "duallora-heads", "duallora-o", "duallora-paper")
     assert parse("run", run, ["--config", "digits", "--config", name, "--out", "x"])["stream"].tasks == 5

@@ -41,7 +41,7 @@ def test_a_line_is_a_method_with_the_values_of_its_paper() -> None:
     assert only(["lora"]) == Line("lora", "lora", METHODS["lora"].config())
     found = only(["inflora"])
     assert (found.name, found.method) == ("inflora", "inflora")
-    assert found.config == METHODS["inflora"].config(**_own("inflora"))
+    assert found.config == METHODS["inflora"].config(min_steps=0, **_own("inflora"))
     assert vars(found.config)["epochs"] == 50
 
 
@@ -131,7 +131,13 @@ def test_the_same_budget_takes_how_long_how_fast_and_how_large_from_a_file(tmp_p
     }
     kept = {"projections": "qkv", "tau": 3.0}
     own |= {"learning_rate": 1.0, "head_learning_rate": 1.0}
-    own |= {"optimizer": "sgd", "schedule": "constant", "weight_decay": 0.1, "min_steps": 7}
+    own |= {
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "weight_decay": 0.1,
+        "min_steps": 7,
+        "first_epochs": 2,
+    }
     budget = {**own, "first_adapted_layer": 0}
     file = written(tmp_path, "mine.yaml", {"name": "lora", **budget, **kept})
     assert only([file]).config == METHODS["lora"].config(**budget, **kept)
@@ -202,14 +208,14 @@ def test_shared_fields_lose_to_a_file_and_win_with_the_same_budget(tmp_path: Pat
     file = written(tmp_path, "mine.yaml", {"name": "lora", "epochs": 9, "projections": "qkv"})
     shared = {"epochs": 1, "projections": "qv", "batch_size": 7}
     own, same = only([file], shared).config, only([file], shared, same_budget=True).config
-    assert own == METHODS["lora"].config(epochs=9, projections="qkv", batch_size=7)
-    assert same == METHODS["lora"].config(epochs=1, projections="qv", batch_size=7)
+    assert own == METHODS["lora"].config(epochs=9, min_steps=0, projections="qkv", batch_size=7)
+    assert same == METHODS["lora"].config(epochs=1, min_steps=0, projections="qv", batch_size=7)
     assert only(["lora"], shared).config == same
 
 
 def test_shared_fields_go_to_the_lines_that_have_them() -> None:
     dual, lora = read_lines(["duallora", "lora"], {"residual": "own", "epochs": 2}, False)
-    assert dual.config == METHODS["duallora"].config(residual="own", epochs=2)
-    assert lora.config == METHODS["lora"].config(epochs=2)
+    assert dual.config == METHODS["duallora"].config(residual="own", epochs=2, min_steps=0)
+    assert lora.config == METHODS["lora"].config(epochs=2, min_steps=0)
     assert "--method.residual" in refusal(["lora", "ncm"], {"residual": "own"})
     assert "epochs must be above 0" in refusal(["lora"], {"epochs": 0})

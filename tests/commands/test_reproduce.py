@@ -15,8 +15,9 @@ from published import published
 
 from duallora.commands import reproduce as module
 from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.reproduce import FIGURES, Protocol, protocols, read_protocol
+from duallora.commands.published_protocols import Protocol, protocols, read_protocol
 from duallora.methods import METHODS
+from duallora.runs.verdicts import FIGURES
 from duallora.teaching.method_choice import MethodChoice
 
 SOURCES = ("log file", "table", "LibContinual's reproduction")
@@ -130,10 +131,11 @@ def test_the_documentation_has_every_protocol_as_it_is() -> None:
         order = "its seed" if protocol.by_seed else "alphabetical"
         if protocol.ordered(0) != protocol.ordered(1) and protocol.stream.order == "alphabetical":
             order = "alphabetical for 0, else its seed"
+        epochs, first = (protocol.method.fields.get(field) for field in ("epochs", "first_epochs"))
         cells = [
             f"`{name}`",
             protocol.backbone.backbone.partition(".")[2],
-            str(protocol.method.fields["epochs"]),
+            str(epochs) if first in (None, epochs) else f"{epochs}, first {first}",
             f"{order}; {', '.join(map(str, protocol.seeds))}",
             f"{100 * expected['final_accuracy']:.2f}" if expected else "-",
             "-" if average is None else f"{100 * average:.2f}",
@@ -193,7 +195,7 @@ def test_measured_figures_are_put_beside_the_published_ones(
     assert (tmp_path / "out" / "seed-1" / "results.json").exists()
     rows = [line for line in done.out.splitlines() if "final accuracy" in line and "50.00" in line]
     assert len(rows) == 1 and "±" in rows[0]
-    assert ("within" in rows[0]) != ("outside" in rows[0])
+    assert ("inside" in rows[0]) != ("outside" in rows[0])
     assert "published: nowhere" in done.out
     again = call("reproduce", "digits-2/lora", "--out", tmp_path / "out", "--seeds", "2")
     assert again.code == 0

@@ -14,9 +14,10 @@ LONG = 180_000  # ms
 FOCUSED = """() => {
   const it = document.activeElement;
   if (it === document.body) return ["", true];
-  const label = it.labels?.[0]?.innerText || it.getAttribute("aria-label") || it.innerText || it.tagName;
+  const label = it.getAttribute("aria-label") || it.labels?.[0]?.innerText || it.innerText || it.tagName;
+  const seen = it.classList.contains("unseen") ? it.parentElement : it;
   const look = () => {
-    const { outlineStyle, outlineColor, outlineWidth, boxShadow, borderColor } = getComputedStyle(it);
+    const { outlineStyle, outlineColor, outlineWidth, boxShadow, borderColor } = getComputedStyle(seen);
     return [outlineStyle, outlineColor, outlineWidth, boxShadow, borderColor].join();
   };
   const focused = look();

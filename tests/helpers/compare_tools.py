@@ -28,7 +28,7 @@ Started = list[str]
 def in_process(started: Started) -> Callable[..., list[Job]]:
     """Stands for the processes: the same command lines, one after another, in this one."""
 
-    def run(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> list[Job]:
+    def run(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None], *_: object) -> list[Job]:
         failed = []
         for job in jobs:
             started.append(job.name)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from duallora.runs.comparison import (
     ACCURACIES,
@@ -11,6 +15,8 @@ from duallora.runs.comparison import (
     Entry,
     Results,
 )
+from duallora.runs.comparison_tables import Comparison
+from duallora.runs.room import default_reference, find_evidence
 
 RUN: Results = {
     "readout": "calibrated",
@@ -141,3 +147,31 @@ LINES = [
     line("sora", result(0.5), method="sora", reconstruction=True),
     joint(result(0.9), result(0.95)),
 ]
+
+
+def compared(entries: Sequence[Entry], protocol: Sequence[str] = (), command: str = "") -> Comparison:
+    """A comparison of these lines."""
+    return Comparison(entries, find_evidence(entries), default_reference(entries), protocol, command)
+
+
+def answered(by_class: Sequence[int], images: str = "a", **right: Sequence[int]) -> Results:
+    """Results with answers by image; heads and calibrated are given alike where only one of them is.
+
+    Args:
+        by_class: Test images of every class.
+        images: Stands for the hash of the images.
+        right: For a readout, 1 for every image that it names rightly, in the order of the classes.
+    """
+    both = {name: right.get(name, next(iter(right.values()))) for name in ("heads", "calibrated")}
+    counts = (sum(by_class), 0)
+    made = result(tasks=[task | {"test_images": n} for task, n in zip(RUN["tasks"], counts, strict=True)])
+    for name, bits in both.items():
+        made["readouts"][name]["final_accuracy"] = sum(bits) / sum(by_class)
+    made["answers"] = {
+        "images_sha256": images,
+        "images_by_class": {f"class {i}": count for i, count in enumerate(by_class)},
+        "right": {
+            name: base64.b64encode(np.packbits(np.array(bits, bool))).decode() for name, bits in both.items()
+        },
+    }
+    return made

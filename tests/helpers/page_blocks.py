@@ -2,8 +2,8 @@
 
 Run are blocks marked ``python`` and ``console``; Python that begins with the name of a file in a comment is
 saved, for a later command. In a console block a line that begins with ``$`` is a command, and the lines below
-it are what it prints, numbers and spaces aside; ``...`` stands for lines that are left out. `duallora` is called
-in this process, but for `serve`, which is started, and ended with the page.
+it are what it prints, numbers and spaces aside; ``...`` stands for lines that are left out. `duallora` is
+called in this process, but for `serve`, which is started, and ended with the page.
 """
 
 from __future__ import annotations

@@ -16,7 +16,10 @@ cifar100-10/dualprompt      .001   .001   20 128 -  -   augreg_in21k_ft_in1k  83
 cifar100-10/inflora         .0005  .0005  20 128 10 .95 augreg_in21k          86.33 91.19 1.7
 cifar100-10/l2p             .001   .001   20 128 -  -   augreg_in21k_ft_in1k  83.56 -     2.0
 cifar100-10/ranpac          .01    .01    20 48  -  -   augreg_in21k          -     -     -
+cifar100-10/rsiat           .01846 .01846 30 64 64 - augreg_in21k          92.20 95.15 1.5
 cifar100-10/sd-lora         .008   .008   20 128 10 -   augreg2_in21k_ft_in1k 87.26 92.05 1.5
+cifar100-20/cl-lora         .03    .03    30 64  8  -   augreg_in21k          85.32 -     1.5
+cifar100-20/mos             .03    .003   20 48  16 -   augreg_in21k          89.25 93.30 1.5
 domainnet-5/coda-prompt     .001   .001   5  128 -  -   augreg_in21k_ft_in1k  70.58 76.68 2.0
 domainnet-5/duallora        .0005  .0005  5  128 -  -   augreg_in21k          -     -     -
 domainnet-5/dualprompt      .001   .001   5  128 -  -   augreg_in21k_ft_in1k  68.26 73.84 2.0
@@ -28,8 +31,12 @@ imagenet-r-10/duallora      .0005  .0005  50 128 -  -   augreg_in21k          - 
 imagenet-r-10/dualprompt    .001   .001   50 128 -  -   augreg_in21k_ft_in1k  68.22 73.81 2.0
 imagenet-r-10/inflora       .0005  .0005  50 128 10 .98 augreg_in21k          75.34 80.60 1.5
 imagenet-r-10/l2p           .001   .001   50 128 -  -   augreg_in21k_ft_in1k  71.26 76.13 2.0
+imagenet-r-10/mos           .05    .005   10 16  16 -   augreg_in21k          77.83 82.75 1.5
 imagenet-r-10/ranpac        .05    .05    10 16  -  -   augreg_in21k_ft_in1k  -     -     -
+imagenet-r-10/rsiat         .006735 .006735 30 48 64 - augreg_in21k        82.75 86.92 1.5
 imagenet-r-10/sd-lora       .008   .008   20 128 10 -   augreg2_in21k_ft_in1k 77.34 82.04 1.0
+imagenet-r-10/ssiat         .01    .01    10 48  64 -   augreg_in21k         79.38 83.63 1.5
+imagenet-r-10/tuna          .02    .02    10 32  16 -   augreg_in21k          79.42 84.22 2.0
 imagenet-r-20/coda-prompt   .001   .001   50 128 -  -   augreg_in21k_ft_in1k  69.38 73.95 2.0
 imagenet-r-20/duallora      .0005  .0005  50 128 -  -   augreg_in21k          -     -     -
 imagenet-r-20/dualprompt    .001   .001   50 128 -  -   augreg_in21k_ft_in1k  65.23 71.30 2.0

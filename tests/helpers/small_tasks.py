@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from duallora import METHODS, ContinualLearner, DualLoRAConfig, MethodConfig
 from duallora.outputs import Outputs
+from duallora.runtime.compute import Compute
 from duallora.streams.task import TaskDataset, as_task_dataset, concatenated
 
 TIMES = ("learned_at", "prepare_seconds", "learn_seconds", "consolidate_seconds")
@@ -66,6 +67,7 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
     config = METHODS[name].config
     small: dict[str, Any] = {
         "epochs": 1,
+        "min_steps": 0,
         "batch_size": 8,
         "rank": 4,
         "residual": "next",
@@ -87,6 +89,12 @@ def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
 def new_learner(config: MethodConfig | None = None, seed: int = 0, **backbone: Any) -> ContinualLearner:
     """A learner on a tiny random ViT, which is the same on every call."""
     return ContinualLearner(tiny_backbone(**backbone), config or small_config(), seed, device="cpu")
+
+
+def exact_learner(config: MethodConfig, **backbone: Any) -> ContinualLearner:
+    """A learner as :func:`new_learner`, in fp32 whatever the processor has: to be compared with formulas."""
+    machine = Compute("cpu", precision="32").start()
+    return ContinualLearner(tiny_backbone(**backbone), config, device=machine)
 
 
 def taught(name: str, tasks: Sequence[Patterns]) -> list[Patterns | TaskDataset]:

@@ -60,6 +60,7 @@ CASES: list[Case] = [
     ({}, {"learning_rate": 1e-2}, EVERYTHING),
     ({}, {"head_learning_rate": 1e-2}, EVERYTHING),
     ({}, {"epochs": 2}, EVERYTHING),
+    ({}, {"first_epochs": 2}, EVERYTHING),
     ({}, {"min_steps": 5}, EVERYTHING),
     ({}, {"batch_size": 5}, EVERYTHING),
     ({}, {"optimizer": "adamw"}, ()),

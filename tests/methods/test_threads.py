@@ -55,7 +55,7 @@ def at_once(method: Method, block: int, first: Steps, second: Steps) -> None:
     def reached(*_: Any) -> None:
         own = threading.get_ident()
         passes[own] += 1
-        if passes[own] == method.forward_passes:
+        if passes[own] == method.passes:
             steps[own].inside()
 
     def predict(x: torch.Tensor, own: Steps) -> BatchOutputs:
@@ -70,7 +70,7 @@ def at_once(method: Method, block: int, first: Steps, second: Steps) -> None:
         waiting = [pool.submit(predict, x, own) for x, own in zip(images, (first, second), strict=True)]
         found = [future.result() for future in waiting]
     handle.remove()
-    assert [passes[each] for each in passes] == [method.forward_passes] * 2
+    assert [passes[each] for each in passes] == [method.passes] * 2
     for readout, expected in zip(found, alone, strict=True):
         for field, value in vars(expected).items():
             if value is None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "duallora"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -35,8 +35,10 @@ def wrong_links(page: Path) -> list[str]:
 
 def missing_files(page: Path) -> list[str]:
     """Source files and folders that the page names in code quotes and that are nowhere in the project."""
-    named = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.py|(?:[\w-]+/)+)`", page.read_text(encoding="utf-8"))
-    own = [name for name in named if not re.search("NAME|anchored", name)]  # what the reader is to write
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.py|(?:[\w-]+/)+)`", text)
+    saved = re.findall(r"^```python\n# ([\w-]+\.py)$", text, re.MULTILINE)  # what the reader is to write
+    own = [name for name in named if not re.search("NAME|anchored", name) and name not in saved]
     tops = {path.name for path in (ROOT, PACKAGE) for path in path.iterdir() if path.is_dir()}
     bases = (ROOT, PACKAGE.parent, PACKAGE)
     return [
@@ -69,6 +71,16 @@ def test_the_index_has_every_document() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     others = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert {name for name in others if f"]({name})" not in index} == set()
+
+
+def test_every_method_is_described() -> None:
+    registry = (PACKAGE / "methods" / "__init__.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'^    "([\w-]+)": "\w+\.\w+",$', registry, re.MULTILINE))
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^### `([\w-]+)`", text, re.MULTILINE))
+    assert names - described == {"duallora", "lora", "linear", "frozen", "joint"}
+    glance = text.split("## At a glance")[1].split("\n## ")[0]
+    assert {name for name in described if f"[`{name}`](#" not in glance} == set()
 
 
 def test_the_architecture_lists_the_packages_in_the_order_of_their_imports() -> None:

@@ -33,6 +33,7 @@ ORDER = (
     "outputs",
     "predictions",
     "forgetting",
+    "sharing",
     "learner",
     "export",
     "explaining",

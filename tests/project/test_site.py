@@ -1,14 +1,18 @@
-"""The documentation site is built strictly, and the notebook runs from its first cell to its last."""
+"""The site is built strictly, the notebook runs from end to end, the README's picture shows its figures."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from page_blocks import execute
+
+from duallora import streams
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
@@ -41,3 +45,12 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     execute("\n".join("".join(cell["source"]) for cell in code), NOTEBOOK.name)
     assert Path("digits-model/model.json").exists()
+
+
+def test_the_picture_of_the_readme_shows_what_was_measured() -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "readme_picture.py"), run_name="picture")
+    stream = streams.split(streams.DigitsDataset(), script["LESSONS"], order_seed="alphabetical")
+    drawn = script["drawn"](stream, {"duallora": [1.0, 0.97, 0.96], "lora": [0.9, 0.4, 0.31]})
+    told = [element.text for element in ElementTree.fromstring(drawn).iter() if element.text]
+    assert {"100 %", "97 %", "96 %", "90 %", "40 %", "31 %"} <= set(told)
+    assert drawn.count("<image ") == sum(script["LESSONS"])

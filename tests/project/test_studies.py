@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from compared_runs import answered
 from PIL import Image
 
 from duallora import METHODS
@@ -102,3 +104,20 @@ def test_a_script_explains_itself(
         runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
     assert ended.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_room_is_read_off_the_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"frozen": [0, 1] * 100, "joint": [1] * 200, "lora-wide": [0, 1, 1, 1] * 50}
+    for line, bits in right.items():
+        run = answered([100, 100], heads=bits) | {"config": {"method": {"name": line.partition("-")[0]}}}
+        (tmp_path / "runs" / f"{line}-3").mkdir(parents=True)
+        (tmp_path / "runs" / f"{line}-3" / "results.json").write_text(json.dumps(run))
+    monkeypatch.setattr(sys, "argv", ["room.py", str(tmp_path), "--reference", "frozen"])
+    runpy.run_path(str(BENCHMARKS / "room.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    rows = {row.split("|")[1].strip(): row for row in told.splitlines() if row.startswith("| lora-wide")}
+    assert "Room captured" in told and "Final accuracy less that of frozen" in told
+    assert "heads (room 50.0" in told and list(rows) == ["lora-wide"]
+    assert "| 50 (" in told and "| +25.0 (" in told

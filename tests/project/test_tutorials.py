@@ -19,7 +19,8 @@ from duallora.cli import main
 from duallora.commands.subprocess_jobs import Job
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-SMALLER = ["--epochs", "1", "--train-per-class", "4", "--classes", "4", "--tasks", "2"]
+FEW = ["--train-per-class", "4", "--holdout", "4", "--classes", "4", "--tasks", "2"]
+SMALLER = ["--epochs", "1", *FEW]
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 

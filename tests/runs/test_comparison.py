@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 
 import pytest
-from compared_runs import BETWEEN_TASKS, FIGURES, LINES, OF_COST, OF_HEADS, RUN, joint, line, plain, result
+from compared_runs import (
+    BETWEEN_TASKS,
+    FIGURES,
+    LINES,
+    OF_COST,
+    OF_HEADS,
+    RUN,
+    compared,
+    joint,
+    line,
+    plain,
+    result,
+)
 
 from duallora.runs.comparison import (
     ACCURACIES,
@@ -18,8 +31,11 @@ from duallora.runs.comparison import (
     marks,
     readouts,
     spread,
-    to_csv,
 )
+from duallora.runs.comparison_files import to_csv, to_json
+from duallora.runs.room import find_evidence
+
+EVIDENCE = find_evidence(LINES)
 
 # Two tasks of 10 and 30 test images. All of it is made up, so that every figure is told from every other.
 
@@ -144,13 +160,14 @@ def test_the_upper_bound_takes_no_part_in_the_marks() -> None:
 
 
 def test_csv_has_every_line_and_every_figure() -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(LINES).decode())))
+    rows = list(csv.DictReader(io.StringIO(to_csv(LINES, EVIDENCE).decode())))
     assert [(row["line"], row["readout"]) for row in rows] == [
         (entry.name, readout) for entry in LINES for readout in readouts(entry)
     ]
     assert set(rows[0]) == {
         *("line", "method", "reconstruction", "readout", "own_readout", "seeds"),
         *(f"{key}{part}" for key in FIGURES for part in ("", "_sd")),
+        *("room_captured", "room_captured_low", "room_captured_high"),
     }
     entries = {entry.name: entry for entry in LINES}
     for row in rows:
@@ -166,6 +183,20 @@ def test_csv_has_every_line_and_every_figure() -> None:
         *("false", "false"),
         *("true", "true"),
     ]
+
+
+def test_json_has_every_line_and_every_figure() -> None:
+    found = json.loads(to_json(compared(LINES, ["shared"], "duallora compare"), verdicts=[]))
+    assert (found["version"], found["protocol"], found["verdicts"]) == (1, ["shared"], [])
+    assert found["command"] == "duallora compare" and found["reference"] == "duallora"
+    assert [told["name"] for told in found["lines"]] == [entry.name for entry in LINES]
+    for told, entry in zip(found["lines"], LINES, strict=True):
+        assert list(told["readouts"]) == readouts(entry)
+        for readout, figures in told["readouts"].items():
+            assert set(figures) == {*(figure.key for figure in ACCURACIES), "room_captured"}
+            expected = spread(entry, FIGURES["final_accuracy"], readout)
+            assert expected is not None and figures["final_accuracy"] == expected._asdict()
+        assert set(told["cost"]) == {figure.key for figure in COSTS}
 
 
 def test_the_figures_are_named_once() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compared_runs import BETWEEN_TASKS, LINES, line, result
+from compared_runs import BETWEEN_TASKS, LINES, compared, line, result
 from PIL import Image
 
 from duallora.runs.comparison import (
@@ -20,15 +20,17 @@ from duallora.runs.comparison import (
     Entry,
     curves,
 )
-from duallora.runs.comparison_page import markdown, page, plot, tables
+from duallora.runs.comparison_page import markdown, page, plot
+from duallora.runs.comparison_tables import tables
 
 PROTOCOL = ["stream photos & <more>: 2 tasks", "backbone tiny"]
 COMMAND = "duallora compare --out x --methods 'a<b'"
+SHOWN = compared(LINES, PROTOCOL, COMMAND)
 TITLES = ["Accuracy", "All figures: heads", "All figures: calibrated", "Cost"]
 
 
 def test_the_tables_show_every_line_and_every_figure() -> None:
-    made = tables(LINES)
+    made = tables(SHOWN)
     assert [table.title for table in made] == TITLES
     labels = [entry.label for entry in LINES]
     assert labels == [
@@ -63,7 +65,7 @@ def test_the_tables_show_every_line_and_every_figure() -> None:
 
 
 def test_joint_has_no_figures_between_tasks() -> None:
-    for table in tables(LINES)[1:3]:
+    for table in tables(SHOWN)[1:3]:
         shown = dict(zip([f.key for f in ACCURACIES], table.cells[-1][3:], strict=True))
         assert {key for key, cell in shown.items() if cell == "-"} == BETWEEN_TASKS
         assert shown["final_accuracy"] == "92.5 ± 3.5"
@@ -71,19 +73,20 @@ def test_joint_has_no_figures_between_tasks() -> None:
 
 def test_the_marks_on_the_pages_are_those_of_the_figures() -> None:
     ahead = [line("a", result(0.9), result(0.92)), line("b", result(0.7), result(0.71)), *LINES[1:2]]
-    table = tables(ahead)[0]
+    shown = compared(ahead, PROTOCOL, COMMAND)
+    table = tables(shown)[0]
     column = table.header.index("final, heads")
     assert [row[column] for row in table.marked] == ["best", "second", ""]
-    text = markdown(ahead, PROTOCOL, COMMAND, plot=False)
+    text = markdown(shown, plot=False)
     assert "| **91.0 ± 1.4** |" in text and "| *70.5 ± 0.7* |" in text
-    html = page(ahead, PROTOCOL, COMMAND, None)
+    html = page(shown, None)
     assert '<td class="best">91.0 ± 1.4</td>' in html and '<td class="second">70.5 ± 0.7</td>' in html
     # Forgetting is equal in all three: nothing leads.
     assert {row[table.header.index("forgetting")] for row in table.marked} == {""}
 
 
 def test_markdown_has_every_line_and_keeps_its_columns() -> None:
-    text = markdown(LINES, PROTOCOL, COMMAND, plot=True)
+    text = markdown(SHOWN, plot=True)
     for title in TITLES:
         section = text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
         rows = [row.replace("\\|", "/") for row in section.splitlines() if row.startswith("|")]
@@ -95,22 +98,22 @@ def test_markdown_has_every_line_and_keeps_its_columns() -> None:
     for part in (*(f"- {item}\n" for item in PROTOCOL), f"```sh\n{COMMAND}\n```", "](compare.png)"):
         assert part in text
     for part in ("computed once for all runs", "class rows of DualLoRA, whose", "read more than the final"):
-        assert part in text and part in page(LINES, PROTOCOL, COMMAND, None)
-    assert "](compare.png)" not in markdown(LINES, PROTOCOL, COMMAND, plot=False)
-    assert "compare.png was not drawn" in markdown(LINES, PROTOCOL, COMMAND, plot=False)
+        assert part in text and part in page(SHOWN, None)
+    assert "](compare.png)" not in markdown(SHOWN, plot=False)
+    assert "compare.png was not drawn" in markdown(SHOWN, plot=False)
 
 
 def test_the_page_is_one_file_without_scripts_or_addresses() -> None:
-    html = page(LINES, PROTOCOL, COMMAND, b"\x89PNG made up")
+    html = page(SHOWN, b"\x89PNG made up")
     assert base64.b64encode(b"\x89PNG made up").decode() in html
     assert not re.search(r"<script|https?:|<link|<iframe|@import|url\(", html)
     assert re.findall(r'(?:src|href)="([^"]{0,15})', html) == ["data:image/png;"]
-    assert "<img" not in page(LINES, PROTOCOL, COMMAND, None)
-    assert "compare.png was not drawn" in page(LINES, PROTOCOL, COMMAND, None)
+    assert "<img" not in page(SHOWN, None)
+    assert "compare.png was not drawn" in page(SHOWN, None)
 
 
 def test_the_page_has_every_line_and_escapes_names() -> None:
-    html = page(LINES, PROTOCOL, COMMAND, None)
+    html = page(SHOWN, None)
     assert html.count('<th scope="row">duallora</th>') == len(TITLES)
     assert html.count('<th scope="row">sora (reconstruction)</th>') == len(TITLES)
     assert html.count('<th scope="row">joint (all data at once)</th>') == len(TITLES)

@@ -12,6 +12,7 @@ from means_learner import MeansLearner
 from duallora import ContinualLearner, DualLoRAConfig, streams
 from duallora.errors import DualLoRAError
 from duallora.runs import protocol, report, results
+from duallora.runs.answers import unpacked
 from duallora.runs.protocol import run_stream
 from duallora.runs.results import MEASURED
 from duallora.runtime.progress import Progress
@@ -107,6 +108,10 @@ def test_the_figures_agree_with_the_predictions(stream, reference, tmp_path):
     assert header == ["image", "label", "task", *(f"probability:{name}" for name in stream.class_order)]
     right = [line[1] == stream.class_order[int(np.argmax([float(p) for p in line[3:]]))] for line in lines]
     assert sum(right) / len(right) == reference["final_accuracy"]
+    answers = unpacked(reference)
+    assert answers is not None
+    ordered = sorted(range(len(lines)), key=lambda i: (lines[i][1], lines[i][0]))
+    assert answers.right["calibrated"].tolist() == [right[i] for i in ordered]
     assert len(lines) == sum(len(task.test) for task in stream)
     assert [line[0] for line in lines[:12]] == stream.tasks[0].test.identifiers
 
@@ -333,7 +338,9 @@ def test_the_real_learner_in_miniature(tmp_path, monkeypatch):
     stream = streams.digits(tasks=3, classes=6, train_per_class=10, holdout=5)
 
     def learner():
-        return ContinualLearner(method=DualLoRAConfig(epochs=1, batch_size=8), augment="crop", device="cpu")
+        return ContinualLearner(
+            method=DualLoRAConfig(epochs=1, min_steps=0, batch_size=8), augment="crop", device="cpu"
+        )
 
     def interrupted():
         made = learner()

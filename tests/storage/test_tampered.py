@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
-    learner = new_learner(DualLoRAConfig(rank=4, residual_rank=2, residual="own", epochs=1))
+    learner = new_learner(DualLoRAConfig(rank=4, residual_rank=2, residual="own", epochs=1, min_steps=0))
     for task in three_tasks()[:2]:
         learner.learn(task)
     learner.save(folder)

@@ -31,7 +31,7 @@ class Named(Progress):
 
 
 def lesson(model: Path, folder: Path, **fields: object) -> Lesson:
-    request = ModelRequest(MethodChoice("duallora", {"epochs": 1}), device="cpu")
+    request = ModelRequest(MethodChoice("duallora", {"epochs": 1, "min_steps": 0}), device="cpu")
     read = TrainingImages.read(folder, QUIET, skip_bad_images=False)
     return Lesson(model, request, read, base="pets", **fields)  # type: ignore[arg-type]
 

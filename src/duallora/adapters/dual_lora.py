@@ -9,7 +9,7 @@ share one second moment and therefore one A, one Psi and one Phi: ``"kv"`` with 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -28,7 +28,7 @@ Gate = Callable[[Tensor], Tensor | None]
 
 @dataclass
 class Residual:
-    """Residual adapter of one task: fixed basis ``Psi_j`` (d x r_R) and its ``C_j`` (r_R x out)."""
+    """Residual adapter of one task: its basis ``Psi_j`` (d x r_R) and its ``C_j`` (r_R x out)."""
 
     task: int
     psi: Tensor
@@ -77,7 +77,7 @@ class DualAdapter(Learned):
         self.dense: Tensor | None  # their sum (d x out, fp32), once the factors would be larger
         self.register_buffer("dense", None)
         self.residual = Groups("psi", "c", device=device)  # of the finished tasks, by task
-        self.psi: Tensor | None = None  # Psi_t
+        self.psi: nn.Parameter | None = None  # Psi_t: fixed, or trained from where it starts
         self.c: nn.Parameter | None = None  # C_t
         self.current = -1
         self._stack: _Stack | None = None  # of the finished tasks
@@ -99,17 +99,23 @@ class DualAdapter(Learned):
         """Residual adapters of the finished tasks."""
         return [Residual(task, psi, c) for task, (psi, c) in self.residual.groups()]
 
-    def begin(self, task: int, a: Tensor, psi: Tensor) -> None:
+    def begin(self, task: int, a: Tensor, psi: Tensor, moves: bool = False) -> None:
         """Opens a task with A_t = ``a`` (d x r) and Psi_t = ``psi`` (d x r_R); empty ones are left out.
 
         B_t and C_t start at zero.
+
+        Args:
+            task: its index.
+            a: fixed.
+            psi: fixed, or with ``moves`` where the training of Psi_t starts.
+            moves: whether Psi_t is trained beside C_t.
         """
         self.current = task
         if a.shape[1]:
             self.a = nn.Parameter(a, requires_grad=False)
             self.b = nn.Parameter(a.new_zeros(a.shape[1], self.out))
         if psi.shape[1]:
-            self.psi = psi
+            self.psi = nn.Parameter(psi, requires_grad=moves)
             self.c = nn.Parameter(psi.new_zeros(psi.shape[1], self.out))
             self._open = _stack([*self.residuals, Residual(task, psi, self.c.detach())])
 
@@ -129,7 +135,7 @@ class DualAdapter(Learned):
                 self.dense = self.delta_weight()
                 self.orthogonal.replace([], [])
         if self.psi is not None and self.c is not None:
-            self.residual.put(self.current, self.psi, self.c.detach().clone())
+            self.residual.put(self.current, self.psi.detach().clone(), self.c.detach().clone())
         self.a = self.b = self.psi = self.c = self._open = None
         self.restack()
 
@@ -164,9 +170,12 @@ class DualAdapter(Learned):
             selected: number of tasks gathered per image where stacking all of them would cost more.
         """
         stack, c = self._stack, None if self._stack is None else self._stack.c
-        if self._open is not None and self.c is not None:
-            # Only C_t moves in training; bases and whose they are were laid out once.
+        if self._open is not None and self.psi is not None and self.c is not None:
+            # What is trained lies last; fixed bases, and whose they are, were laid out once.
             stack, c = self._open, self.c if c is None else torch.cat([c, self.c])
+            if self.psi.requires_grad:
+                fixed = stack.psi[:, : -self.psi.shape[1]]
+                stack = replace(stack, psi=torch.cat([fixed, self.psi], 1), bases=None)
         if stack is None or c is None:
             return None
         if stack.psi.shape[1] > STACKED_LIMIT and len(stack.ranks) > selected:

@@ -95,9 +95,7 @@ class TaskPairs(nn.Module):
             product = self.weights[acting][:, None, None] * (self.a[acting] @ self.b[acting])
             one: Tensor = x @ torch.cat(product.unbind(), 1)
             return one
-        a, b = (
-            torch.stack(list(each))[acting] for each in (self.a, self.b)
-        )  # (B, P, d, r), (B, P, r, d_out)
+        a, b = (torch.stack(list(each))[acting] for each in (self.a, self.b))  # (B, P, d, r) and back
         w = torch.stack(list(self.weights))[acting][:, :, None, None]
         y: Tensor = w * (x[:, None] @ a @ b)  # (B, P, N, d_out)
         return y.transpose(1, 2).flatten(2)
@@ -106,4 +104,5 @@ class TaskPairs(nn.Module):
 def orthonormal(projections: int, dim: int, rank: int, generator: torch.Generator) -> Tensor:
     """Q of a QR decomposition (P x d x min(r, d)) of entries drawn uniformly from [0, 1)."""
     drawn = torch.rand(projections, dim, rank, generator=generator)
-    return torch.linalg.qr(drawn)[0]
+    q: Tensor = torch.linalg.qr(drawn)[0]
+    return q

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duallora.app import html
 from duallora.app.answers import Answer
 from duallora.app.shell import count
+from duallora.explaining.pictures import as_png
 from duallora.predictions import as_csv
+
+if TYPE_CHECKING:
+    from duallora.explaining.explain import Explanation
 
 BELOW = 0.2
 """Familiarity below which an answer is unknown, unless the slider says otherwise."""
@@ -47,6 +51,12 @@ def shown(answer: Answer, below: float) -> str:
     ]
     classes = html.bars("Most probable classes", ("Class", "Probability"), top)
     return first + lesson + classes + _gate(answer)
+
+
+def why(explanation: Explanation) -> str:
+    """What speaks for the answer about a picture, as HTML."""
+    address = f"data:image/png;base64,{base64.b64encode(as_png(explanation.overlay)).decode()}"
+    return html.heading(3, "Why this answer") + html.figure(address, explanation.text)
 
 
 def live(answer: Answer, below: float) -> str:

@@ -140,6 +140,17 @@ def pictures(entries: Sequence[tuple[str, str]]) -> str:
     return f'<div class="pictures">{figures}</div>'
 
 
+def figure(address: str, caption: str) -> str:
+    """One picture; its caption says in words what it shows.
+
+    Args:
+        address: of the picture, as ``data:``.
+        caption: below it.
+    """
+    image = f'<img src="{text(address)}" alt="">'
+    return f'<figure class="one">{image}<figcaption>{text(caption)}</figcaption></figure>'
+
+
 def _scrolling(caption: str, head: str, body: str) -> str:
     """A table; one that is wider than a narrow window scrolls in itself, also by keyboard."""
     return (

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from duallora.app import html
-from duallora.app.answer_report import BELOW, DOUBTFUL, shown, table
+from duallora.app.answer_report import BELOW, DOUBTFUL, shown, table, why
 from duallora.app.answers import answers
 from duallora.app.camera import Camera
 from duallora.app.image_field import ImageFields, chosen
 from duallora.app.seen_file import opened
-from duallora.app.shell import PRIVATE, Shell, sentences
+from duallora.app.shell import PRIVATE, Shell, sentence_of, sentences
 from duallora.app.uploads import Found
 from duallora.app.view_example import Offer, knows_example
 from duallora.app.watching import Steps, watched
@@ -42,6 +43,8 @@ class Try:
                 self._one()
             with gr.Column(scale=1, min_width=280):
                 self.answer = gr.HTML(html.paragraph(_NO_PICTURE), elem_id="answer", elem_classes=["said"])
+                self.why = gr.Button("Show why", visible=False, elem_id="show-why")
+                self.reason = gr.HTML(elem_id="why", elem_classes=["said"])
         gr.HTML(html.heading(2, "Try the camera"))
         self.camera = Camera(self.session)
         gr.HTML(html.heading(2, "Try many pictures"))
@@ -78,9 +81,10 @@ class Try:
 
     def connect(self) -> None:
         """Joins inputs and handlers."""
-        one = [self.picture, self.below]
-        self.picture.change(self.on_picture, one, self.answer, preprocess=False, **PRIVATE)
-        self.below.release(self.on_picture, one, self.answer, preprocess=False, **PRIVATE)
+        one, told = [self.picture, self.below], [self.answer, self.why, self.reason]
+        self.picture.change(self.on_picture, one, told, preprocess=False, **PRIVATE)
+        self.below.release(self.on_picture, one, told, preprocess=False, **PRIVATE)
+        self.why.click(self.on_why, self.picture, [self.reason, self.why], preprocess=False, **PRIVATE)
         self.offer.connect(self.picture)
         self.camera.connect(self.picture)
         many = [*self.fields.all, self.below]
@@ -91,20 +95,46 @@ class Try:
     def _knows_example(self) -> Any:
         return gr.update(visible=knows_example(self.session.classes()))
 
-    @sentences(1)
-    def on_picture(self, payload: dict[str, Any] | None, below: float, request: gr.Request) -> str:
-        """What is on one picture."""
+    def on_picture(self, payload: dict[str, Any] | None, below: float, request: gr.Request) -> list[Any]:
+        """What is on one picture; what was said of the one before is gone."""
+        gone = [gr.update(visible=False), ""]
+        try:
+            image = self.shown_image(payload, request)
+            if image is None:
+                return [html.paragraph(_NO_PICTURE), *gone]
+            model = self.session.model()
+            (answer,) = answers(model, [model.preprocess(image)], ["picture"], _TOP, float(below))
+        except Exception as error:
+            return [sentence_of(error), *gone]
+        # With a single class nothing speaks for it over others.
+        explained = len(model.learner.classes) > 1
+        return [shown(answer, float(below)), gr.update(visible=explained), ""]
+
+    @sentences(2)
+    def on_why(self, payload: dict[str, Any] | None, request: gr.Request) -> list[Any]:
+        """Which parts of the picture speak for the answer."""
+        from duallora.explaining.explain import explain
+
+        image = self.shown_image(payload, request)
+        if image is None:
+            raise DualLoRAError("there is no picture; choose one first.")
+        return [why(explain(self.session.model().learner, image)), gr.update(visible=False)]
+
+    def shown_image(self, payload: dict[str, Any] | None, request: gr.Request) -> Image.Image | None:
+        """The picture in the field, decoded; None where there is none.
+
+        Raises:
+            DualLoRAError: it cannot be read.
+        """
         visitor = self.shell.visitors.of(request.session_hash)
         path = self.shell.visitors.show(visitor, payload or None)
         if not payload or path is None:
-            return html.paragraph(_NO_PICTURE)
-        name = str(payload.get("orig_name") or path.name)
+            return None
         try:
-            self.session.decoders.read(path)
+            return self.session.decoders.read(path)
         except DualLoRAError as error:
+            name = str(payload.get("orig_name") or path.name)
             raise DualLoRAError(str(error).replace(str(path), name)) from error
-        (answer,) = self.session.ask([path], _TOP, float(below))
-        return shown(answer, float(below))
 
     @sentences(4)
     def on_many(

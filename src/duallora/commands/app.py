@@ -44,10 +44,11 @@ def app(
     _require_gradio()
 
     from duallora.app.server import serve
+    from duallora.sharing.place import own_folder
     from duallora.teaching.model_request import ModelRequest
 
     request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
-    serve(model, request, port, console.line, open_, not no_token)
+    serve(own_folder(model), request, port, console.line, open_, not no_token)
 
 
 def _require_gradio() -> None:

@@ -56,7 +56,19 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     if any("\0" in word for word in argv):
         raise DualLoRAError("an argument has a NUL character in it, which no name may have: leave it out")
     words, files = take_config_files(argv)
-    configs = [read_config(file) for file in files]
+    return _parsed(verb, command, words, [read_config(file) for file in files])
+
+
+def parse_values(verb: str, command: Command, values: dict[str, Any]) -> dict[str, Any]:
+    """Checks values that are there already as those of a ``--config`` file; see `parse`.
+
+    Raises:
+        DualLoRAError: Unknown options or values.
+    """
+    return _parsed(verb, command, [], [values])
+
+
+def _parsed(verb: str, command: Command, words: list[str], configs: list[dict[str, Any]]) -> dict[str, Any]:
     method = None
     if any(_is_choice(hint) for hint in get_type_hints(command).values()):
         words = [_spell_out(word) for word in words]
@@ -65,7 +77,8 @@ def parse(verb: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     refuse_blank(configs, parser)
     refuse_unknown(words, configs, parser, method)
     # Files go first: a value on the command line wins over any file, wherever it stands.
-    texts = [text for config in configs for text in ("--config", json.dumps(config, default=str))]
+    first = [{"method": {"min_steps": 0}}] if method is not None and _names_epochs(words, configs) else []
+    texts = [text for config in (*first, *configs) for text in ("--config", json.dumps(config, default=str))]
     if any("\\u0000" in text for text in texts):
         raise DualLoRAError("a --config file has a NUL character in a value: leave it out")
     try:
@@ -203,6 +216,13 @@ def _is_choice(hint: Any) -> bool:
 def _spell_out(word: str) -> str:
     """``--method`` and ``--method=`` by the option's full name, which is what YAML files nest."""
     return "--method.name" + word.removeprefix("--method") if word.split("=")[0] == "--method" else word
+
+
+def _names_epochs(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a number of epochs is named: then it means just these, unless the least steps are named too."""
+    options = ("--epochs", "--method.epochs")
+    methods = [config["method"] for config in configs if isinstance(config.get("method"), dict)]
+    return any(word.split("=")[0] in options for word in words) or any("epochs" in own for own in methods)
 
 
 def _find_method(words: Sequence[str], configs: Sequence[dict[str, Any]]) -> str:

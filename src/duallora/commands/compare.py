@@ -7,7 +7,7 @@ import glob
 import inspect
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from duallora.commands import console
 from duallora.commands.compare_protocol import image_counts, protocol
 from duallora.commands.compared_methods import Line, read_lines
+from duallora.commands.comparison_output import write_comparison
 from duallora.commands.number_ranges import require_range, seed_numbers
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import Setting, load_setting
-from duallora.commands.subprocess_jobs import Job, run_jobs
+from duallora.commands.subprocess_jobs import Job, gpus, run_jobs
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
+from duallora.runtime.loggers import Logging
 from duallora.storage.regular import read_regular
 from duallora.teaching.method_choice import MethodChoice
 
@@ -35,10 +37,12 @@ def compare(
     seeds: int | str = 0,
     same_budget: bool = False,
     jobs: int = 1,
+    reference: str | None = None,
     stream: StreamOptions = StreamOptions(),
     method: MethodChoice | None = None,
     backbone: BackboneOptions = BackboneOptions(),
     compute: Compute = Compute(),
+    log: Logging = Logging(),
 ) -> None:
     """Run several methods on one stream and write one page about them.
 
@@ -48,19 +52,22 @@ def compare(
     page.
 
     Args:
-        out: folder for compare.csv, compare.md, compare.html, compare.png, configs/ and runs/
+        out: folder for compare.csv, compare.json, compare.md, compare.html, compare.png, configs/ and runs/
         methods: names of duallora methods, or paths of YAML files with a method block, separated by commas
         seeds: numbers separated by commas
         same_budget: every method at its defaults, which have the same epochs, batch size, learning rates,
             rank and layers; without it each has the values of its paper (configs/methods/NAME.yaml), and
             those without such a file (duallora, lora, linear, frozen, joint) their defaults beside them
-        jobs: number of runs at a time; they share the processor's threads
+        jobs: number of runs at a time; they share the processor's threads, or take a GPU each
+        reference: the line that the others are compared with image by image; where it is not given, duallora,
+            else the best one
         stream: what is learned
         method: fields for every method that has them
         backbone: what the methods stand on
         compute: where and how to compute
+        log: where figures go while a run trains; of --log-dir, each run gets a folder of its own
     """
-    command = _command(locals())
+    command = command_line("compare", compare, locals())
     if out.exists() and not out.is_dir():
         raise DualLoRAError(f"{out} is a file; name a folder for the comparison.")
     require_range("--jobs", jobs, 1, 1024)
@@ -69,21 +76,32 @@ def compare(
         raise DualLoRAError("compare takes its methods from --methods; leave --method out.")
     names = [name.strip() for name in methods.split(",") if name.strip()]
     lines = read_lines(names, {} if method is None else method.fields, same_budget)
-    compute.check()  # before large weights are read
+    if reference is not None and reference not in (line.name for line in lines):
+        raise DualLoRAError(f"--reference {reference} is no line of --methods; name one that is there.")
+    device, _, devices, _ = compute.check()  # before large weights are read
+    log.check()
     setting = load_setting(stream, backbone)
-    options = _elsewhere(stream, backbone, compute)
+    options = elsewhere(stream, backbone, compute)
     for line in lines:  # a foreign run of any seed is refused now, not when all others have been run
         _entry(line, setting, out)
     _write_configs(lines, setting, out)
-    missing = _missing(lines, numbers, setting, out, options)
+    missing = _missing(lines, numbers, setting, out, options, log)
     if missing:
         features = _keep_features(setting, out, compute.device)
         missing = [Job(j.name, (*j.words, "--features", str(features)), j.log) for j in missing]
-    failed = run_jobs(missing, jobs, lambda text: console.line(text, stderr=True))
+    own = gpus() if device == "cuda" and devices == 1 and jobs > 1 else ()
+    failed = run_jobs(missing, jobs, lambda text: console.line(text, stderr=True), own)
     entries = [entry for line in lines if (entry := _entry(line, setting, out)) is not None]
     entries.sort(key=_final, reverse=True)
     if entries:
-        _write(entries, protocol(entries, setting, same_budget), command, out)
+        from duallora.runs.comparison_tables import Comparison
+        from duallora.runs.room import default_reference, find_evidence
+
+        there = reference is not None and reference in [entry.name for entry in entries]
+        chosen = str(reference) if there else default_reference(entries)
+        _recall_answers(entries, out)
+        told = protocol(entries, setting, same_budget)
+        write_comparison(Comparison(entries, find_evidence(entries), chosen, told, command), out)
     if failed:
         rest = "the page shows the others" if entries else "there is nothing to show yet"
         raise DualLoRAError(
@@ -97,31 +115,38 @@ def _folder(out: Path, line: Line, seed: int) -> Path:
 
 
 def _missing(
-    lines: Sequence[Line], seeds: Sequence[int], setting: Setting, out: Path, options: Sequence[str]
+    lines: Sequence[Line],
+    seeds: Sequence[int],
+    setting: Setting,
+    out: Path,
+    options: Sequence[str],
+    log: Logging,
 ) -> list[Job]:
     """The runs that are not finished, all lines of a seed before the next seed."""
     jobs = []
     for seed in seeds:
         for line in lines:
             folder = _folder(out, line, seed)
-            if _finished(folder, line, setting, seed) is not None:
+            if finished_run(folder, line, setting, seed) is not None:
                 continue
             config = str(out / "configs" / f"{line.name}.yaml")
-            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options)
+            own = dataclasses.replace(log, log_dir=log.log_dir and log.log_dir / folder.name)
+            logged = _words(own, Logging(), ["logger", "log_dir"])
+            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options, *logged)
             jobs.append(Job(f"{line.name}, seed {seed}", words, out / "logs" / f"{folder.name}.log"))
     return jobs
 
 
 def _write_configs(lines: Sequence[Line], setting: Setting, out: Path) -> None:
-    """Writes for each line what ``duallora run --config`` takes to repeat its runs; JSON is YAML."""
     from duallora.storage.checkpoint import write_atomic
 
     (out / "configs").mkdir(parents=True, exist_ok=True)
     for line in lines:
-        write_atomic(out / "configs" / f"{line.name}.yaml", _yaml(line, setting))
+        write_atomic(out / "configs" / f"{line.name}.yaml", kept_config(line, setting))
 
 
-def _yaml(line: Line, setting: Setting) -> bytes:
+def kept_config(line: Line, setting: Setting) -> bytes:
+    """What ``duallora run --config`` takes to repeat a line's runs; JSON is YAML."""
     asked = setting.asked(line.method, line.config, 0)
     asked["domains"] = ",".join(asked["domains"]) or None
     if isinstance(asked["tasks"], list):
@@ -131,7 +156,7 @@ def _yaml(line: Line, setting: Setting) -> bytes:
     return (comment + json.dumps(kept, indent=2) + "\n").encode()
 
 
-def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results | None:
+def finished_run(folder: Path, line: Line, setting: Setting, seed: int) -> Results | None:
     """The results of a finished run.
 
     Raises:
@@ -154,8 +179,9 @@ def _finished(folder: Path, line: Line, setting: Setting, seed: int) -> Results 
     asked = setting.asked(line.method, line.config, seed)
     shown = _images(setting.stream.class_order, *image_counts(setting.stream))
     wanted = json.loads(json.dumps({"version": SCHEMA_VERSION, **asked, **shown}))
-    # A field that the method did not have yet was at its default.
-    later = {f: v for f, v in asdict(METHODS[line.method].config()).items() if f in ADDED_FIELDS}
+    # A field that the method did not have yet was at the value that it stood for.
+    known = asdict(METHODS[line.method].config())
+    later = {field: value for field, value in ADDED_FIELDS.items() if field in known}
     there["method"] = later | there["method"]
     if there == wanted:
         return results
@@ -181,7 +207,7 @@ def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
     for folder in (out / "runs").glob(f"{glob.escape(line.name)}-*"):
         number = folder.name.removeprefix(f"{line.name}-")
         if number.isdecimal():
-            results = _finished(folder, line, setting, int(number))
+            results = finished_run(folder, line, setting, int(number))
             if results is not None:
                 found[int(number)] = results
     if not found:
@@ -189,6 +215,17 @@ def _entry(line: Line, setting: Setting, out: Path) -> Entry | None:
     kind, seeds = METHODS[line.method].method, tuple(sorted(found))
     runs = tuple(found[seed] for seed in seeds)
     return Entry(line.name, line.method, kind.reconstruction, kind.all_at_once, seeds, runs)
+
+
+def _recall_answers(entries: Sequence[Entry], out: Path) -> None:
+    """Answers by image of runs from before ``results.json`` kept them, where their predictions are there."""
+    from duallora.runs.answers import from_predictions
+
+    for entry in entries:
+        for seed, run in zip(entry.seeds, entry.runs, strict=True):
+            if "answers" not in run:
+                folder = out / "runs" / f"{entry.name}-{seed}"
+                run["answers"] = from_predictions(folder / "predictions.csv", run)
 
 
 def _keep_features(setting: Setting, out: Path, device: str) -> Path:
@@ -225,22 +262,6 @@ def _keep_features(setting: Setting, out: Path, device: str) -> Path:
     return path
 
 
-def _write(entries: list[Entry], protocol: list[str], command: str, out: Path) -> None:
-    from duallora.runs import comparison, comparison_page
-    from duallora.storage.checkpoint import write_atomic
-
-    plot = comparison_page.plot(entries)
-    if plot is not None:
-        write_atomic(out / "compare.png", plot)
-    write_atomic(out / "compare.csv", comparison.to_csv(entries))
-    text = comparison_page.markdown(entries, protocol, command, plot=plot is not None)
-    write_atomic(out / "compare.md", text.encode())
-    write_atomic(out / "compare.html", comparison_page.page(entries, protocol, command, plot).encode())
-    first = comparison_page.tables(entries)[0]
-    console.rows(first.header, first.cells)
-    console.line(f"page: {out / 'compare.html'}")
-
-
 def _final(entry: Entry) -> float:
     """Mean final accuracy under the better readout."""
     from duallora.runs.comparison import ACCURACIES, readouts, spread
@@ -249,10 +270,10 @@ def _final(entry: Entry) -> float:
     return max(value.mean for value in values if value is not None)
 
 
-def _command(given: Mapping[str, Any]) -> str:
-    """The command line that these arguments came from, defaults left out."""
-    words = ["duallora", "compare"]
-    for name, parameter in inspect.signature(compare).parameters.items():
+def command_line(verb: str, command: Callable[..., None], given: Mapping[str, Any]) -> str:
+    """The command line that the arguments of a command came from, defaults left out."""
+    words = ["duallora", verb]
+    for name, parameter in inspect.signature(command).parameters.items():
         value, option = given[name], "--" + name.replace("_", "-")
         if isinstance(value, MethodChoice):
             for field, item in value.fields.items():
@@ -266,7 +287,7 @@ def _command(given: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _elsewhere(stream: StreamOptions, backbone: BackboneOptions, compute: Compute) -> list[str]:
+def elsewhere(stream: StreamOptions, backbone: BackboneOptions, compute: Compute) -> list[str]:
     """Options of a run that its kept configuration does not hold: where things lie, and how to compute."""
     computing = [each.name for each in dataclasses.fields(compute)]
     return [

@@ -25,7 +25,6 @@ def protocol(entries: Sequence[Entry], setting: Setting, same_budget: bool) -> l
     """
     stream, info = setting.stream, setting.backbone.info
     train, test = image_counts(stream)
-    where = {_machine(run) for entry in entries for run in entry.runs}
     return [
         f"stream {stream.name}: {len(stream)} tasks, {len(stream.class_order)} classes, order "
         f"{stream.order_seed}; {train} training and {test} test images",
@@ -34,13 +33,18 @@ def protocol(entries: Sequence[Entry], setting: Setting, same_budget: bool) -> l
         f"views of the training images: {setting.augment}",
         *_budget(entries, setting.backbone, same_budget),
         "no task labels at test time; every test image seen so far after every task; accuracy is over images",
-        f"run on: {'; '.join(sorted(where))}",
+        f"run on: {'; '.join(machines(entries))}",
     ]
 
 
 def image_counts(stream: Stream) -> tuple[int, int]:
     """Training and test images of all tasks."""
     return sum(len(task.train) for task in stream), sum(len(task.test) for task in stream)
+
+
+def machines(entries: Sequence[Entry]) -> list[str]:
+    """What the runs were made on, each kind once."""
+    return sorted({_machine(run) for entry in entries for run in entry.runs})
 
 
 def _machine(run: Results) -> str:
@@ -53,18 +57,18 @@ def _budget(entries: Sequence[Entry], backbone: Backbone, same_budget: bool) -> 
     """How long, how fast and how large the lines are trained."""
     idle = [e.name for e in entries if not any(task["trainable_parameters"] for task in e.runs[0]["tasks"])]
     trained = [entry for entry in entries if entry.name not in idle]
-    training = _grouped(trained, _training)
-    adapted = _grouped(trained, partial(_adapted, backbone))
+    training = grouped(trained, _training)
+    adapted = grouped(trained, partial(_adapted, backbone))
     told = [f"nothing is trained: {', '.join(idle)}"] if idle else []
     if trained:
         shared = "one budget for all" if same_budget and len(training) == 1 else "training"
-        told = [f"{shared}: {_listed(training)}", f"beside the heads: {_listed(adapted)}", *told]
+        told = [f"{shared}: {listed(training)}", f"beside the heads: {listed(adapted)}", *told]
     if not same_budget and len(training) > 1:
         told.append(_differences(trained))
     return told
 
 
-def _grouped(entries: Sequence[Entry], tell: Callable[[Entry], str]) -> dict[str, list[str]]:
+def grouped(entries: Sequence[Entry], tell: Callable[[Entry], str]) -> dict[str, list[str]]:
     """Names of the lines by what is said of them."""
     found: dict[str, list[str]] = {}
     for entry in entries:
@@ -72,7 +76,8 @@ def _grouped(entries: Sequence[Entry], tell: Callable[[Entry], str]) -> dict[str
     return found
 
 
-def _listed(groups: dict[str, list[str]]) -> str:
+def listed(groups: dict[str, list[str]]) -> str:
+    """Groups of `grouped` in words; a single one without its lines."""
     if len(groups) == 1:
         return next(iter(groups))
     return "; ".join(f"{text} ({', '.join(names)})" for text, names in groups.items())

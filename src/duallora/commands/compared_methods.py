@@ -66,7 +66,9 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
         else:
             values = common | own
         try:
-            lines.append(Line(name, method, METHODS[method].config(**values)))
+            # Who names epochs means just these, unless the least steps are named too.
+            least: dict[str, Any] = {"min_steps": 0} if "epochs" in values else {}
+            lines.append(Line(name, method, METHODS[method].config(**(least | values))))
         except DualLoRAError as error:
             raise DualLoRAError(f"{asked}: {error}") from error
     _check(lines, shared)

@@ -27,7 +27,7 @@ def evaluate(
     """Measure accuracy per task and over all, confusion between tasks and calibration on labelled images.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         folder: labelled images in FOLDER/<class>/, or below val/ or test/ where there is one
         worst: also list so many images whose wrong answer was the surest
         worst_out: write these to DIR, as worst.csv and as a sheet of small pictures, worst.png

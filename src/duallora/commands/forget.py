@@ -40,9 +40,10 @@ def forget(
     if task is None and class_ is None and check is not None:
         raise DualLoRAError("--check measures what forgetting does; give --task or --class with it.")
 
+    from duallora.sharing.place import own_folder
     from duallora.storage import checkpoint
 
-    checkpoint.read_manifest(model)
+    checkpoint.read_manifest(own_folder(model))
     if task is None and class_ is None:
         with checkpoint.exclusive(model):
             purged = checkpoint.purge(model)

@@ -11,13 +11,15 @@ def inspect(model: Path, *, json: bool = False) -> None:
     """Show what a saved model holds: tasks, classes, dates, ranks and bases per layer, bytes per part.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         json: print one JSON document
     """
     from duallora.methods.saved_state import description
+    from duallora.sharing.local import local_folder
     from duallora.storage import checkpoint
     from duallora.storage.soundness import check
 
+    model = local_folder(model)
     manifest, tensors = checkpoint.read(model)
     check(model, manifest, tensors)
     about = description(model, manifest, tensors)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from duallora.commands import console
 from duallora.commands.number_ranges import LARGEST_SEED, require_range
 from duallora.errors import DualLoRAError
+from duallora.runtime.loggers import Logging
 from duallora.teaching.method_choice import UNSAID, MethodChoice
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def learn(
     augment: str | None = None,
     seed: int | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    log: Logging = Logging(),
 ) -> None:
     """Teach a folder of images to a saved model, or to a new one.
 
@@ -62,13 +64,17 @@ def learn(
             models: crop,flip)
         seed: of initialisation, image order and augmentation (new models: 0)
         device: where to compute
+        log: where figures go while it trains
     """
     require_range("--max-drop", max_drop, 0, 1)
     require_range("--seed", seed, 0, LARGEST_SEED)
     if name is not None and not name.strip():
         raise DualLoRAError("--name must not be empty; leave it out to name the task after the folder.")
 
+    log.check()
+
     from duallora.runtime.progress import Progress
+    from duallora.sharing.place import own_folder
     from duallora.storage.documents import percent
     from duallora.teaching.lesson import Lesson
     from duallora.teaching.model_request import ModelRequest
@@ -76,7 +82,7 @@ def learn(
 
     progress = Progress()
     request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
-    _check_names(request.stored(model), model, name, check)
+    _check_names(request.stored(own_folder(model)), model, name, check)
     skip = skip_bad_images or dry_run  # which lists them
     images = TrainingImages.read(folder, progress, skip_bad_images=skip)
     check_data = None if check is None else labelled(check, progress, skip_bad_images=skip)
@@ -90,7 +96,10 @@ def learn(
         _tell_bad_images(bad_images, skip_bad_images)
         console.line("nothing was written")
         return
-    with lesson.taught(progress) as learned:
+    about = {"model": str(model), "folder": str(folder)}
+    saved = model.resolve()
+    logs = saved.with_name(f"{saved.name}-logs")
+    with log.recording(logs, about) as progress.figures, lesson.taught(progress) as learned:
         pass
     # Printed when all is saved: a reader of this output that goes away must not cost the model.
     if bad_images:

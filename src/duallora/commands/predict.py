@@ -26,7 +26,7 @@ def predict(
     """Say what is on images: class, probability, task, confidence, and how unknown they look.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         image: image files and folders of images, which are walked
         top: how many classes are given for each image
         unknown_below: call images unknown whose familiarity (1 - unknown) is below this, from 0 to 1; auto

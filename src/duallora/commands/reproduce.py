@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from duallora.commands import console
-from duallora.commands.configs import read_config
-from duallora.commands.number_ranges import seed_numbers
-from duallora.commands.options import BackboneOptions, StreamOptions
-from duallora.commands.parse_errors import nearest
+from duallora.commands.compare import command_line
+from duallora.commands.number_ranges import require_range, seed_numbers
+from duallora.commands.published_protocols import Protocol, protocols, read_protocol
 from duallora.commands.run import run_on
+from duallora.commands.suite_runs import SuiteRuns
+from duallora.commands.suite_script import one_gpu_script, plan, slurm_script
+from duallora.commands.suites import Suite, placed, read_suite, suites
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
 from duallora.storage.regular import read_regular
@@ -25,134 +24,136 @@ from duallora.teaching.method_choice import MethodChoice
 if TYPE_CHECKING:
     from duallora.runtime.compute import Machine
 
-FIGURES = {
-    "final_accuracy": "final accuracy",
-    "average_incremental_accuracy": "average incremental accuracy",
-}
 _DRY_IMAGES, _DRY_TASKS, _DRY_SIZE, _DRY_FEATURES = 2, 2, 32, 64
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """One row of a published table, as ``configs/paper/TABLE/ROW.yaml`` says it.
-
-    Attributes:
-        name: ``TABLE/ROW``.
-        stream: The data set, its tasks and their order; the order 0 stands for each run's seed.
-        by_seed: Whether the class order is that of each run's seed; where the stream's own is alphabetical,
-            seed 0 keeps it, as in CODA-Prompt's code.
-        backbone: The backbone, its preprocessing and the training views.
-        method: The method and its fields.
-        seeds: Of the runs that were averaged.
-        expected: Published figures (shares), with ``tolerance`` and ``source``; empty where none is known.
-    """
-
-    name: str
-    stream: StreamOptions
-    by_seed: bool
-    backbone: BackboneOptions
-    method: MethodChoice
-    seeds: tuple[int, ...]
-    expected: Mapping[str, Any]
-
-    def ordered(self, seed: int) -> StreamOptions:
-        """The stream of one run."""
-        kept = not self.by_seed or (seed == 0 and self.stream.order == "alphabetical")
-        return self.stream if kept else dataclasses.replace(self.stream, order=seed)
-
-
 def reproduce(
-    name: str = "list",
+    name: str | None = None,
     *,
+    suite: str | None = None,
+    methods: str | None = None,
     out: Path | None = None,
     data: Path | None = None,
     split_lists: Path | None = None,
     seeds: int | str | None = None,
     backbone_file: Path | None = None,
+    jobs: int = 1,
+    part: Literal["all", "runs", "page"] = "all",
+    script: Literal["slurm", "one-gpu"] | None = None,
+    bench: Path | None = None,
     dry_run: bool = False,
     compute: Compute = Compute(),
 ) -> None:
-    """Run a published protocol and print what was published beside what is measured.
+    """Run a published protocol, or a suite of them, and print what was published beside what is measured.
 
     Every run is a folder of duallora run under OUT; an interrupted one is resumed by the same command. Only
-    the machine is left to choose.
+    the machine is left to choose. A suite ends with the page of duallora compare and a verdict on every line.
 
     Args:
-        name: of the protocol, such as cifar100-10/inflora; list shows all
+        name: of the protocol, such as cifar100-10/inflora; without one, all are listed
+        suite: a stream with many methods instead, such as imagenet-r-10, or a YAML file of one's own; list
+            shows all
+        methods: lines of the suite, separated by commas; where it is not given, all
         out: folder for the runs; where it is not given, runs/NAME
         data: folder that holds the data sets that duallora streams names; where it is not given, ./data
         split_lists: folder with the two lists of the public split of imagenet-r
         seeds: only these, numbers separated by commas
-        backbone_file: local .safetensors file with the backbone's weights
+        backbone_file: local .safetensors file with the backbone's weights; for a suite also a folder of them
+        jobs: runs of a suite at a time; each takes a GPU of its own where there are several
+        part: runs makes the missing runs of a suite and no page, page makes the page of those that are there
+        script: print a shell script for the suite instead, a Slurm array or one for a single GPU, with the
+            time that it needs by estimate
+        bench: folder of duallora bench on the machine that the script is for; where it is not given, the
+            estimate is from operations counted by it
         dry_run: check the data, the options and the method on a few images, small inputs and random weights,
             and write nothing
         compute: where and how to compute
     """
-    if name == "list":
+    given = locals()
+    if suite is not None:
+        if name is not None:
+            raise DualLoRAError("name a protocol or a --suite, not both.")
+        if suite == "list":
+            _list_suites()
+            return
+        require_range("--jobs", jobs, 1, 1024)
+        _suite(read_suite(suite), given)
+        return
+    _refuse_suite_options(methods=methods, script=script, bench=bench, jobs=jobs != 1, part=part != "all")
+    if name is None or name == "list":
         _list()
         return
-    protocol = read_protocol(name)
-    stream = dataclasses.replace(protocol.stream, data=data, split_lists=split_lists)
-    backbone = dataclasses.replace(protocol.backbone, backbone_file=backbone_file)
-    protocol = dataclasses.replace(protocol, stream=stream, backbone=backbone)
+    protocol = placed(read_protocol(name), data, split_lists, backbone_file)
     if dry_run:
         console.line(f"{name}: {_try(protocol)}")
         return
+    _reproduce(protocol, out, seeds, compute)
+
+
+def _suite(suite: Suite, given: Mapping[str, Any]) -> None:
+    """A suite, with the arguments of `reproduce`."""
+    methods, asked = given["methods"], given["seeds"]
+    named = suite.lines if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
+    if not named:
+        raise DualLoRAError("--methods names no line of the suite; leave it out to take all.")
+    lines = {line: suite.protocol(line) for line in named}
+    seeds = None if asked is None else seed_numbers(asked)
+    out = given["out"] or Path("runs") / suite.name
+    if given["script"] is not None:
+        _print_script(suite, lines, seeds, dict(given) | {"out": out})
+        return
+    places = (given["data"], given["split_lists"], given["backbone_file"])
+    lines = {line: placed(protocol, *places) for line, protocol in lines.items()}
+    if given["dry_run"]:
+        for line, protocol in lines.items():
+            console.line(f"{line}: {_try(protocol)}")
+        return
+    runs = SuiteRuns(suite.name, lines, out, seeds, given["compute"])
+    runs.run(given["jobs"], given["part"], command_line("reproduce", reproduce, given))
+
+
+def _print_script(
+    suite: Suite, lines: Mapping[str, Protocol], seeds: Sequence[int] | None, given: Mapping[str, Any]
+) -> None:
+    def command(**changes: Any) -> str:
+        return command_line("reproduce", reproduce, {**given, **changes})
+
+    made = plan(suite, lines, seeds, given["bench"])
+    plain = {"script": None, "bench": None}
+    if given["script"] == "one-gpu":
+        console.line(one_gpu_script(made, command(), command(**plain)))
+        return
+    one = command(**plain, part="runs", methods=None, seeds=None)
+    console.line(slurm_script(made, command(), one, command(**plain, part="page")))
+
+
+def _reproduce(protocol: Protocol, out: Path | None, seeds: int | str | None, compute: Compute) -> None:
+    """One protocol, in this process."""
     from duallora.runtime import parallel
 
     chosen = protocol.seeds if seeds is None else seed_numbers(seeds)
     machine = compute.start()
-    place = Path("runs") / name.replace("/", "-") if out is None else out
+    place = Path("runs") / protocol.name.replace("/", "-") if out is None else out
     found = [_result(machine, protocol, place / f"seed-{seed}", seed) for seed in chosen]
     if parallel.rank() == 0:
         _show(protocol, found)
     parallel.leave()
 
 
-def protocols() -> list[str]:
-    """Names of the protocols that come with the package."""
-    folder = resources.files("duallora") / "configs" / "paper"
-    return sorted(
-        f"{table.name}/{row.name.removesuffix('.yaml')}"
-        for table in folder.iterdir()
-        for row in table.iterdir()
-        if row.name.endswith(".yaml")
-    )
+def _refuse_suite_options(**given: Any) -> None:
+    """Options that mean nothing without a suite."""
+    for option, value in given.items():
+        if value:
+            raise DualLoRAError(f"--{option} goes with --suite; name one, or leave --{option} out.")
 
 
-def read_protocol(name: str) -> Protocol:
-    """Reads a protocol by its name.
-
-    Raises:
-        DualLoRAError: There is none of that name, or it says something that cannot be meant.
-    """
-    if name not in protocols():
-        raise DualLoRAError(f"there is no protocol {name}{nearest(name, protocols())}")
-    with resources.as_file(resources.files("duallora") / "configs" / "paper" / f"{name}.yaml") as path:
-        given = read_config(str(path))
-    seeds, expected = tuple(given.pop("seeds")), given.pop("expected", {})
-    rule = given.get("order")
-    by_seed = rule in ("seed", "trial")
-    if by_seed:
-        given["order"] = "alphabetical" if rule == "trial" else 0
-    method = dict(given.pop("method"))
-    groups = []
-    for kind in (StreamOptions, BackboneOptions):
-        own = {field.name for field in dataclasses.fields(kind)} & given.keys()
-        groups.append(kind(**{key: given.pop(key) for key in own}))
-    unknown = [*given, *(set(expected) - set(FIGURES) - {"tolerance", "source"})]
-    if unknown or (expected and not {"final_accuracy", "tolerance", "source"} <= expected.keys()):
-        raise DualLoRAError(f"the protocol {name} is not sound ({', '.join(unknown) or 'expected'}).")
-    stream, backbone = groups
-    return Protocol(
-        name,
-        stream,  # type: ignore[arg-type]
-        by_seed,
-        backbone,  # type: ignore[arg-type]
-        MethodChoice(method.pop("name"), method),
-        seeds,
-        expected,
-    )
+def _list_suites() -> None:
+    cells = []
+    for name in suites():
+        suite = read_suite(name)
+        known = [line for line in suite.lines if suite.protocol(line).expected]
+        cells.append([name, ", ".join(suite.lines), ", ".join(known) or "-"])
+    console.rows(["suite", "lines", "with a published figure"], cells)
 
 
 def _list() -> None:
@@ -183,17 +184,12 @@ def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int) -> di
 
 def _show(protocol: Protocol, found: list[dict[str, Any]]) -> None:
     """A table of the published figures and the measured ones, in percent, under the method's own readout."""
+    from duallora.runs.verdicts import FIGURES, judge, shown
+
     cells = []
-    for key, title in FIGURES.items():
-        measured = [100 * run[key] for run in found]
-        spread = f" ± {statistics.stdev(measured):.2f}" if len(measured) > 1 else ""
-        mean, published = statistics.mean(measured), protocol.expected.get(key)
-        verdict = "nothing to compare with"
-        if published is not None:
-            far, allowed = abs(mean - 100 * published), 100 * protocol.expected["tolerance"]
-            verdict = f"{'within' if far <= allowed else 'outside'} ± {allowed:.1f}"
-        shown = "-" if published is None else f"{100 * published:.2f}"
-        cells.append([title, shown, f"{mean:.2f}{spread}", verdict])
+    for verdict in judge(protocol.name, found, protocol.expected):
+        published = "-" if verdict.published is None else f"{100 * verdict.published:.2f}"
+        cells.append([FIGURES[verdict.figure], published, shown(verdict.measured), verdict.words])
     console.rows([f"{protocol.name}, {len(found)} seeds", "published", "measured", ""], cells)
     if protocol.expected:
         console.line(f"published: {protocol.expected['source']}")
@@ -209,7 +205,7 @@ def _try(protocol: Protocol) -> str:
     stream = load(asked.stream, data=asked.data, split_lists=asked.split_lists, **asked.asked())
     changed = protocol.backbone.changed() | {"image_size": _DRY_SIZE}
     backbone = load_backbone(protocol.backbone.backbone, pretrained=False, **changed)
-    fields = dict(protocol.method.fields) | {"epochs": 1}
+    fields = dict(protocol.method.fields) | {"epochs": 1, "min_steps": 0}
     if "first_adapted_layer" in fields or protocol.method.name == "duallora":
         fields["first_adapted_layer"] = backbone.depth - 1  # one layer says as much as all
     if "random_features" in fields:

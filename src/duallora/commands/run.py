@@ -11,9 +11,13 @@ from duallora.commands.number_ranges import LARGEST_SEED, require_range
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import Setting, load_setting
 from duallora.runtime.compute import Compute
+from duallora.runtime.loggers import Logging
 from duallora.teaching.method_choice import DEFAULT_METHOD, UNSAID, MethodChoice
 
 if TYPE_CHECKING:
+    from duallora.backbones.frozen_features import FrozenFeatures
+    from duallora.learner import ContinualLearner
+    from duallora.methods import MethodConfig
     from duallora.runtime.compute import Machine
     from duallora.runtime.progress import Progress
 
@@ -28,6 +32,7 @@ def run(
     evaluate_every: int = 1,
     compute: Compute = Compute(),
     features: Path | None = None,
+    log: Logging = Logging(),
 ) -> None:
     """Learn a stream of tasks one after another and write the results: the main job.
 
@@ -44,6 +49,7 @@ def run(
         compute: where and how to compute
         features: file of frozen features of un-augmented images, which compare keeps in its folder; what is
             missing in it is computed
+        log: where figures go while it trains
     """
     require_range("--seed", seed, 0, LARGEST_SEED)
     require_range("--evaluate-every", evaluate_every, 1, 2**31)
@@ -52,11 +58,12 @@ def run(
     from duallora.runs.run_directory import require_unfinished
 
     require_unfinished(out)
+    log.check()
 
     from duallora.runtime import parallel
 
     machine = compute.start()  # before large weights are read: what is not there is refused now
-    run_on(machine, out, stream, method, backbone, seed, evaluate_every, features)
+    run_on(machine, out, stream, method, backbone, seed, evaluate_every, features, log)
     parallel.leave()
 
 
@@ -69,6 +76,7 @@ def run_on(
     seed: int,
     evaluate_every: int = 1,
     features: Path | None = None,
+    log: Logging = Logging(),
 ) -> dict[str, Any]:
     """One run on a machine that is there; the arguments are those of `run`.
 
@@ -76,7 +84,6 @@ def run_on(
         The contents of ``results.json``.
     """
     from duallora.backbones.frozen_features import FrozenFeatures
-    from duallora.learner import ContinualLearner
     from duallora.methods import METHODS
     from duallora.runs.protocol import run_stream
     from duallora.runs.report import accuracy_table
@@ -85,7 +92,7 @@ def run_on(
     from duallora.streams import all_at_once
 
     first = parallel.rank() == 0
-    progress, config = Progress(quiet=not first), method.config()
+    config = method.config()
     setting = parallel.first_alone(lambda: load_setting(stream, backbone))  # it may fetch what is not there
     name = method.name or DEFAULT_METHOD
     learned = setting.stream
@@ -94,37 +101,55 @@ def run_on(
         config = replace(config, min_steps=config.min_steps * len(setting.stream))
     known = None if features is None else FrozenFeatures.load(features, setting.backbone)
 
-    def learner() -> ContinualLearner:
-        made = ContinualLearner(
-            setting.backbone,
-            config,
-            seed,
-            device=machine,
-            augment=setting.augment,
-            progress=progress,
-            features=known,
-        )
-        if stream.stream != "digits":
-            _check_images(setting, progress)
-        return made
-
     asked = setting.asked(name, config, seed)
-    results = run_stream(
-        learner,
-        learned,
-        out,
-        asked if evaluate_every == 1 else asked | {"evaluate_every": evaluate_every},
-        device=machine,
-        progress=progress,
-        backbone=setting.backbone,
-        features=known,
-        evaluate_every=evaluate_every,
-    )
+    asked |= {} if evaluate_every == 1 else {"evaluate_every": evaluate_every}
+    with (log if first else Logging()).recording(out / "logs", asked) as figures:
+        progress = Progress(quiet=not first, figures=figures)
+        results = run_stream(
+            lambda: _learner(
+                setting, config, seed, machine, progress, known, check=stream.stream != "digits"
+            ),
+            learned,
+            out,
+            asked,
+            device=machine,
+            progress=progress,
+            backbone=setting.backbone,
+            features=known,
+            evaluate_every=evaluate_every,
+        )
     if first:
         console.table(accuracy_table(results))
         console.final_feature(setting.backbone)
         console.line(f"report: {out / 'report.md'}")
     return results
+
+
+def _learner(
+    setting: Setting,
+    config: MethodConfig,
+    seed: int,
+    machine: Machine,
+    progress: Progress,
+    features: FrozenFeatures | None,
+    *,
+    check: bool,
+) -> ContinualLearner:
+    """A learner that has learned nothing; with ``check``, every image has been decoded once."""
+    from duallora.learner import ContinualLearner
+
+    made = ContinualLearner(
+        setting.backbone,
+        config,
+        seed,
+        device=machine,
+        augment=setting.augment,
+        progress=progress,
+        features=features,
+    )
+    if check:
+        _check_images(setting, progress)
+    return made
 
 
 def _check_images(setting: Setting, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from duallora.commands.options import BackboneOptions, StreamOptions
@@ -49,18 +49,45 @@ class Setting:
         }
 
 
+class Settings:
+    """Loads settings that share streams or backbones, each of them once."""
+
+    def __init__(self) -> None:
+        self._streams: dict[StreamOptions, Stream] = {}
+        self._backbones: dict[BackboneOptions, Backbone] = {}
+
+    def load(self, stream: StreamOptions, backbone: BackboneOptions) -> Setting:
+        """What the options name; see `load_setting`."""
+        if stream not in self._streams:
+            self._streams[stream] = _load_stream(stream)
+        own = replace(backbone, augment=None)  # views of training images are no part of it
+        if own not in self._backbones:
+            self._backbones[own] = _load_weights(own)
+        return _setting(stream, backbone, self._streams[stream], self._backbones[own])
+
+
 def load_setting(stream: StreamOptions, backbone: BackboneOptions) -> Setting:
     """Loads what the options of ``duallora run`` and ``duallora compare`` name.
 
     Raises:
         DualLoRAError: A stream or a backbone that is not there or does not fit.
     """
+    return Settings().load(stream, backbone)
+
+
+def _load_stream(stream: StreamOptions) -> Stream:
     from duallora import streams
+
+    return streams.load(stream.stream, data=stream.data, split_lists=stream.split_lists, **stream.asked())
+
+
+def _load_weights(backbone: BackboneOptions) -> Backbone:
     from duallora.backbones.backbone import load_backbone
 
-    options = stream.asked()
-    loaded = streams.load(stream.stream, data=stream.data, split_lists=stream.split_lists, **options)
-    weights = load_backbone(backbone.backbone, backbone.backbone_file, **backbone.changed())
+    return load_backbone(backbone.backbone, backbone.backbone_file, **backbone.changed())
+
+
+def _setting(stream: StreamOptions, backbone: BackboneOptions, loaded: Stream, weights: Backbone) -> Setting:
     named = {
         "backbone": backbone.backbone,
         "backbone_file": None if backbone.backbone_file is None else backbone.backbone_file.name,
@@ -68,4 +95,4 @@ def load_setting(stream: StreamOptions, backbone: BackboneOptions) -> Setting:
         "backbone_sha256": weights.info.sha256,
         **backbone.changed(),
     }
-    return Setting(loaded, weights, backbone.augment or loaded.augmentation, options, named)
+    return Setting(loaded, weights, backbone.augment or loaded.augmentation, stream.asked(), named)

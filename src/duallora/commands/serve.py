@@ -29,7 +29,7 @@ def serve(
     """Answer requests with images over HTTP; a new state of the model is picked up, none can be taught.
 
     Args:
-        model: folder of the saved model
+        model: folder of the saved model, or hf:OWNER/NAME
         host: address to listen at; any but this machine's own needs --token-file
         port: to listen at; 0 takes a free one and says which
         token_file: file with the token that requests have to carry
@@ -57,10 +57,12 @@ def serve(
     from duallora.serving.json_protocol import JsonProtocol
     from duallora.serving.listening import listening
     from duallora.serving.model_watch import ModelWatch
+    from duallora.sharing.local import local_folder
 
     machine = Compute(device, precision=precision).start()
+    folder = local_folder(model)
     with listening(host, port) as listener:
-        watch = ModelWatch(model, machine, lambda text: console.line(f"duallora: {text}", stderr=True))
+        watch = ModelWatch(folder, machine, lambda text: console.line(f"duallora: {text}", stderr=True))
         app = create_app(watch, limits, token, local=token is None)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address

@@ -28,24 +28,34 @@ class Job:
     log: Path
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> list[Job]:
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, tell: Callable[[str], None], devices: Sequence[str] = ()
+) -> list[Job]:
     """Runs all jobs, some at a time, and says how each ended.
 
     Args:
         jobs: In the order in which they start.
         at_once: Number of processes; they share the processor's threads.
         tell: Takes one line when a job starts or ends.
+        devices: GPUs by their name for CUDA; a process sees the one that has the fewest others. Without any,
+            every process sees what this one does.
 
     Returns:
         Those that failed.
     """
     waiting, running, failed = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), []
+    placed: dict[subprocess.Popen[bytes], str] = {}
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                running[_start(job, at_once)] = (job, time.monotonic())
+                used = [placed[process] for process in running if process in placed]
+                device = min(devices, key=used.count) if devices else None
+                process = _start(job, at_once, device)
+                running[process] = (job, time.monotonic())
+                if device is not None:
+                    placed[process] = device
                 tell(f"{job.name}: started, {len(waiting)} more to start")
             done = next((process for process in running if process.poll() is not None), None)
             if done is None:
@@ -70,10 +80,22 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
+def gpus() -> tuple[str, ...]:
+    """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return tuple(name.strip() for name in visible.split(",") if name.strip())
+    import torch
+
+    return tuple(map(str, range(torch.cuda.device_count())))
+
+
+def _start(job: Job, at_once: int, device: str | None) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
     with job.log.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "duallora", *job.words],

@@ -13,8 +13,10 @@ def undo(model: Path) -> None:
     Args:
         model: folder of the saved model
     """
+    from duallora.sharing.place import own_folder
     from duallora.storage import checkpoint
 
+    own_folder(model)
     with checkpoint.intact(model):  # before anything is changed
         previous = checkpoint.read_manifest(model).get("previous")
         names = [] if previous is None else [str(task["name"]) for task in previous["tasks"]]

@@ -13,11 +13,6 @@ _STOPS = np.array([[0, 0, 90], [150, 0, 120], [235, 70, 40], [255, 220, 60]], dt
 _STRENGTH = 0.55  # of the colour where the heat is 1
 
 
-def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Width and height times a number, at least a pixel each."""
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     """Draws a heat map over an image: cold parts are dark, hot ones bright and yellow.
 
@@ -26,7 +21,8 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
         heat: (rows, columns), in [0, 1].
     """
     scale = min(_LONGEST / max(picture.size), max(1.0, _SHORTEST / min(picture.size)))
-    size = scaled(picture.size, scale)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    size = (width, height)
     image = np.asarray(picture.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
     small = Image.fromarray(heat.float().cpu().numpy())
     values = np.asarray(small.resize(size, Image.Resampling.BICUBIC), dtype=np.float64).clip(0, 1)[..., None]

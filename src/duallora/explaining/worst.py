@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from duallora.data.images import read_image
-from duallora.explaining.overlay import scaled
 from duallora.explaining.pictures import as_png, require_folder
 from duallora.outputs import Mistake
 from duallora.storage.atomic import write_atomic
@@ -64,7 +63,8 @@ def _sheet(mistakes: Sequence[Mistake], paths: Sequence[Path]) -> Image.Image:
         left, upper = place % columns * (_TILE + 8) + 4, place // columns * height + 4
         picture = read_image(paths[each.index])
         scale = _TILE / max(picture.size)
-        picture = picture.resize(scaled(picture.size, scale))
+        wide, high = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((wide, high))
         sheet.paste(picture, (left + (_TILE - picture.width) // 2, upper + (_TILE - picture.height) // 2))
         for line, words in enumerate((f"is {each.true}", f"{each.probability:.0%} {each.answer}")):
             draw.text((left, upper + _TILE + line * _LINE), _short(words), fill="black", font=font)

@@ -239,7 +239,7 @@ class Method:
 
         Args:
             first: field ``first_adapted_layer``.
-            make: d -> the update, see :class:`BesideMLP`; called in the order of the layers. It is saved
+            make: d -> the update, see :class:`.BesideMLP`; called in the order of the layers. It is saved
                 under ``mlp`` and the layer.
         """
         layers = adapted_layers(self.backbone, first)
@@ -294,7 +294,7 @@ class Method:
 
         Args:
             task: its index.
-            kept: which of its classes stay, one bool a class of the task; some other class of the model always does.
+            kept: which of its classes stay, one bool a class; some other class of the model always does.
         """
         seen_from, stays = self.rows.reference, self.rows.staying(task, kept)
         for part in self.by_row:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,11 +17,12 @@ from duallora.adapters.per_pass import PerPass
 from duallora.adapters.shared_pairs import SharedPairs, TaskPairs
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
+from duallora.classifiers.cosine import cosines
 from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
-from duallora.runtime import parallel
+from duallora.methods.task_adapters import known_tasks, own_features, picked, prototypes, under
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CLLoRAConfig(AdapterFields, MethodConfig):
 class CLLoRA(Method):
     """Shared pairs below, a pair for each task above; prototypes of each task under its own pair.
 
-    ``y = x (W_0 + A B)`` with fixed A in the lower adapted layers, ``y = x (W_0 + w_t A_t B_t)`` in the others.
+    ``y = x (W_0 + A B)`` with A as drawn in the lower adapted layers, ``y = x (W_0 + w_t A_t B_t)`` above.
     """
 
     paper = "CL-LoRA: He et al. 2025 (2505.24816)"
@@ -87,18 +87,9 @@ class CLLoRA(Method):
         self._sigma: nn.Parameter | None = None  # of the head in training
 
     @property
-    def known(self) -> list[int]:
-        """Tasks of which a class is left."""
-        return [task for task, head in enumerate(self.heads.tasks) if head.out_features]
-
-    @property
     def passes(self) -> int:
         """One a task."""
-        return max(len(self.known), 1)
-
-    def acting(self, tasks: int | Tensor) -> AbstractContextManager[int | Tensor]:
-        """The pairs of one task, or of one per image, act in passes inside this context alone."""
-        return self._acting.holding(tasks)
+        return max(len(known_tasks(self.heads)), 1)
 
     def grow(self, task: int) -> None:
         """A pair and its weights in every layer above the shared ones."""
@@ -130,15 +121,14 @@ class CLLoRA(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Cosines (n, |Y_t|) times sigma, with the task's own pairs for every image."""
-        with self.context.autocast(), self.acting(len(self.heads.tasks) - 1):
+        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
             features = self.backbone(images).float()
         return self._cosines(features)
 
     def _cosines(self, features: Tensor) -> Tensor:
         """``sigma cos(f, w_c)`` of the current head (n, |Y_t|)."""
-        weight = F.normalize(self.heads.tasks[-1].get_parameter("weight"))
-        cosines = F.normalize(self.final(features)) @ weight.T
-        return cosines if self._sigma is None else self._sigma * cosines
+        found = cosines(self.final(features), self.heads.tasks[-1].get_parameter("weight"))
+        return found if self._sigma is None else self._sigma * found
 
     def _early_exit_loss(self, images: Tensor) -> Tensor:
         """Cross-entropy between the head's answers to the exits of the old and the new shared pairs.
@@ -166,7 +156,7 @@ class CLLoRA(Method):
         """Mean over earlier tasks of ``|cos|`` between their block weights and those in training."""
         if not self.own:
             return torch.zeros((), device=self.device)
-        weights = [torch.cat([pairs.weights[task] for pairs in self.own]) for task in self.known]
+        weights = [torch.cat([pairs.weights[task] for pairs in self.own]) for task in known_tasks(self.heads)]
         if len(weights) < 2:
             return torch.zeros((), device=self.device)
         return F.cosine_similarity(torch.stack(weights[:-1]), weights[-1][None]).abs().mean()
@@ -178,43 +168,27 @@ class CLLoRA(Method):
         for pairs in self.shared:
             pairs.weights = None
         self.merge()
-        means = self._means(task, loader)
+        features, labels = own_features(self, self._acting, task.index, loader())
         head = self.heads.tasks[task.index]
-        head.get_parameter("weight").copy_(F.normalize(means))
+        head.get_parameter("weight").copy_(prototypes(features, labels, len(task.classes)))
         head.get_parameter("bias").zero_()
         super().consolidate(task, loader)
 
-    def _means(self, task: TaskInfo, loader: Loader) -> Tensor:
-        """Final features under the task's own pairs, averaged by class (|Y_t|, d), fp64."""
-        dim = self.backbone.feature_dim
-        sums = torch.zeros(len(task.classes), dim, dtype=torch.float64)
-        for batch in loader():
-            features = self.final(self._under(batch.images, task.index)).cpu().double()
-            sums.index_add_(0, batch.labels.cpu(), features)
-        return parallel.total(sums)  # their length does not matter
-
-    def _under(self, images: Tensor, task: int) -> Tensor:
-        """Features (n, row_dim), fp32, with the pairs of a task."""
-        tasks = torch.full((len(images),), task, device=images.device)
-        with self.context.autocast(), self.acting(tasks):
-            features: Tensor = self.backbone(images).float()
-        return features
-
     def encode(self, images: Tensor) -> Encoding:
         """A pass for every task; the features are those of the task whose prototype is nearest."""
-        known = self.known
+        known = known_tasks(self.heads)
         if not known:
             return Encoding(self.backbone(images).float())
-        every = [self._under(images, task) for task in known]
-        scale = self.config.scale
-        logits = [
-            scale * self.heads.tasks[task](F.normalize(self.final(features)))
-            for task, features in zip(known, every, strict=True)
-        ]
+        every = torch.stack([under(self, self._acting, images, task) for task in known])
+        with torch.autocast(images.device.type, enabled=False):
+            weights = [self.heads.tasks[task].get_parameter("weight") for task in known]
+            logits = [
+                self.config.scale * cosines(self.final(features), weight)
+                for weight, features in zip(weights, every, strict=True)
+            ]
         best = torch.stack([of_task.amax(1) for of_task in logits]).argmax(0)
-        features = torch.stack(every)[best, torch.arange(len(images), device=images.device)]
         chosen = torch.tensor(known, device=images.device)[best]
-        return Encoding(features, chosen=chosen, logits=torch.cat(logits, 1))
+        return Encoding(picked(every, best), chosen=chosen, logits=torch.cat(logits, 1))
 
     def extract(self, images: Tensor) -> Tensor:
         """Features (n, row_dim), each image under the pairs of its nearest task."""

@@ -9,10 +9,15 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from duallora.errors import DualLoRAError
 
-ADDED_FIELDS = frozenset(
-    {"optimizer", "schedule", "weight_decay", "min_steps", "first_epochs", "class_weights"}
-)
-"""Fields that came after the first published results, which were made at what is the default."""
+ADDED_FIELDS = {
+    "optimizer": "adam",
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+    "min_steps": 0,
+    "first_epochs": None,
+    "class_weights": "none",
+}
+"""Fields that came after the first published results, with the values at which those were made."""
 
 
 STEP_IMAGES = 32
@@ -29,7 +34,8 @@ class MethodConfig:
     Attributes:
         epochs: passes over a task's training images.
         first_epochs: passes over those of the first task; null is ``epochs``.
-        min_steps: optimiser steps that a task gets at least, by further passes: few images need as many.
+        min_steps: optimiser steps that a task gets at least, by further passes: few images need as many. On
+            a command line or in a file, 0 where ``epochs`` is named and this is not.
         batch_size: images per optimiser step; with auto as many as the default, on a GPU in as few pieces as
             its memory holds.
         head_learning_rate: learning rate of the heads.
@@ -54,7 +60,7 @@ class MethodConfig:
 
     epochs: int = 4
     first_epochs: int | None = None
-    min_steps: int = 0
+    min_steps: int = 100
     batch_size: int | Literal["auto"] = STEP_IMAGES
     head_learning_rate: float = 5e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -103,13 +109,13 @@ class BottleneckFields:
     """Fields of every AdaptFormer adapter beside the mlps; goes with :class:`MethodConfig`.
 
     Attributes:
-        rank: r, width of the bottleneck.
+        rank: r, width of the bottleneck; 30 has as many parameters as LoRA of rank 20 on two projections.
         scale: multiplies what the adapter adds.
         first_adapted_layer: layers below carry no adapter; null is ``max(1, depth // 3)``.
         learning_rate: learning rate of the adapter.
     """
 
-    rank: int = 64
+    rank: int = 30
     scale: float = 0.1
     first_adapted_layer: int | None = None
     learning_rate: float = 2e-3

@@ -136,3 +136,25 @@ def semantic_shift(before: Tensor, after: Tensor, points: Tensor, width: int, si
     weight = (-distance.square() / (2 * sigma**2)).exp() + 1e-5
     shift: Tensor = weight / weight.sum(1, keepdim=True) @ (y - x)
     return shift
+
+
+def associative_drift(
+    before: Tensor, after: Tensor, points: Tensor, width: int, temperature: float, nearest: int
+) -> Tensor:
+    """How points of feature space move, read from a memory of how images did (n, d), after HopDC.
+
+    ``sum_i w_i (y_i - x_i)``, ``w = softmax(cos(p, x_i) / temperature)`` over the ``nearest`` images: one
+    retrieval step of a modern Hopfield network.
+
+    Args:
+        before: features x of the task's images before training (N, d).
+        after: their features y after it (N, d).
+        points: p (n, ``width``).
+        width: the first so many columns of x decide about likeness.
+        temperature: of the softmax.
+        nearest: images that a point follows, at most all.
+    """
+    alike = F.normalize(points) @ F.normalize(before[:, :width]).T / temperature
+    best, which = alike.topk(min(nearest, len(before)), dim=1)
+    weight = torch.zeros_like(alike).scatter(1, which, best.softmax(1))
+    return weight @ (after - before)

@@ -32,7 +32,7 @@ from duallora.runtime import parallel
 from duallora.storage.learned import SideBySide
 
 # A domain's first task may change all that its images show, which O may not: it learns so much faster.
-RESIDUAL_RATE = 4.0
+RESIDUAL_RATE = 2.0
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
 
@@ -59,8 +59,7 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
     positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
 
     head_learning_rate: float = 1e-3
-    projections: Literal["qkv", "kv", "qv"] = "qkv"
-    residual_rank: int = 48
+    residual_rank: int = 20
     moments: Literal["tokens", "class_token"] = "tokens"
     energy_threshold: float = 0.95
     residual: Literal["own", "next", "protected", "none"] = "own"
@@ -180,18 +179,20 @@ class DualLoRA(Method):
                 "leaves more room.",
                 stacklevel=2,
             )
-        a, psi = (basis.float().to(self.device) for basis in (a * DESIGNED_SCALE, psi))
-        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi)
+        moves = self._by_domain and config.residual == "own"  # no other domain reads it: it may go anywhere
+        scales = (DESIGNED_SCALE, DESIGNED_SCALE if moves else 1.0)
+        a, psi = (scale * x.float().to(self.device) for scale, x in zip(scales, (a, psi), strict=True))
+        self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, moves)
 
     # -- during the task -------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """B_t and C_t beside the head."""
+        """B_t, C_t and, where it moves, Psi_t beside the head."""
         named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
         rate = self.config.learning_rate
         groups = super().parameter_groups()
-        for is_c, faster in ((False, 1.0), (True, RESIDUAL_RATE if self._by_domain else 1.0)):
-            some = [p for name, p in named if name.endswith(".c") == is_c]
+        for residual, faster in ((False, 1.0), (True, RESIDUAL_RATE if self._by_domain else 1.0)):
+            some = [p for name, p in named if name.endswith((".c", ".psi")) == residual]
             groups += [{"params": some, "lr": rate * faster}] if some else []
         return groups
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from duallora.adapters.trained_copy import TrainedCopy
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians, refit
 from duallora.methods.base import Method
@@ -51,20 +51,14 @@ class SLCA(Method):
         self, backbone: Backbone, config: SLCAConfig, seed: int, context: MethodContext = ALONE
     ) -> None:
         super().__init__(backbone, config, seed, context)
-        # A module's parameters cannot have dots in their names.
-        copies = {name.replace(".", "/"): p.detach().clone() for name, p in backbone.named_parameters()}
-        self.adapters["backbone"] = nn.ParameterDict(copies)
+        self.copy = TrainedCopy(backbone)
+        self.adapters["backbone"] = self.copy
         self.gaussians = Gaussians(backbone.feature_dim)
         self.keep_by_row("gaussians", self.gaussians)
-        self._swapping = threading.Lock()
 
     def extract(self, images: Tensor) -> Tensor:
         """Features of the backbone with the trained parameters in the place of its own."""
-        copies = {name.replace("/", "."): p for name, p in self.adapters["backbone"].items()}  # type: ignore[operator]
-        # While the call runs, the parameters stand in the one backbone that all threads share.
-        with self._swapping:
-            features: Tensor = torch.func.functional_call(self.backbone, copies, (images,))
-        return features
+        return self.copy.features(self.backbone, images)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The current head, and the backbone at a fraction of its rate."""

@@ -5,8 +5,6 @@ Everything here is made from the contents of ``results.json`` files alone.
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -190,23 +188,3 @@ def curves(entry: Entry, readout: str) -> dict[int, Spread]:
         for number, s in enumerate(steps, start=1)
         if None not in s
     }
-
-
-def to_csv(entries: Sequence[Entry]) -> bytes:
-    """One row a line and readout: mean and standard deviation of every figure; shares, MB and seconds."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    figures = [*ACCURACIES, *COSTS]
-    columns = [f"{figure.key}{part}" for figure in figures for part in ("", "_sd")]
-    writer.writerow(["line", "method", "reconstruction", "readout", "own_readout", "seeds", *columns])
-    for entry in entries:
-        for readout in readouts(entry):
-            cells: list[str] = []
-            for figure in figures:
-                value = spread(entry, figure, readout)
-                mean, deviation = (None, None) if value is None else value
-                cells += ["" if x is None else f"{x:.6g}" for x in (mean, deviation)]
-            seeds = " ".join(map(str, entry.seeds))
-            about = [entry.name, entry.method, str(entry.reconstruction).lower(), readout]
-            writer.writerow([*about, str(readout == entry.readout).lower(), seeds, *cells])
-    return text.getvalue().encode()

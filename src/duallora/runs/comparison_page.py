@@ -6,18 +6,17 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from duallora.predictions import READOUTS
-from duallora.runs.comparison import ACCURACIES, COSTS, Entry, Figure, Spread, curves, marks, readouts, spread
+from duallora.runs.comparison import Entry, curves, readouts
+from duallora.runs.comparison_tables import Comparison, tables
 from duallora.storage.documents import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NO_PLOT = "compare.png was not drawn: install matplotlib with pip install 'duallora[report]'."
-_MAIN = ("average_incremental_accuracy", "given_task", "forgetting", "forgetting_given_task")
 _NOTES = (
     "Mean and sample standard deviation over the seeds; accuracies, forgetting and calibration error in "
     "percent. Bold is best and italic second, marked only where the lead over every line behind exceeds "
@@ -35,75 +34,40 @@ _NOTES = (
     "*stored* is all that is saved beside the backbone: in every line, also where a method answers by its "
     "heads, that includes the class rows of DualLoRA, whose pooled scatter is in fp64.",
 )
+_ROOM_NOTE = (
+    "Room captured: (line - frozen) / (joint - frozen) of the final accuracy, in percent, with its 95 % "
+    "interval; frozen has 0 and joint 100. The room itself, joint - frozen, stands above its column with "
+    "its standard deviation; where it is at most twice that, there is no room to capture and no share."
+)
+_DRAWS_NOTE = (
+    "Intervals come from {draws} bootstrap draws. A draw takes test images with replacement, within each "
+    "class, and seeds with replacement (n - 1 of n, which makes the variance of their mean right). All lines "
+    "get the same images and seeds in a draw. A line with one seed has the spread of the images alone."
+)
+_PAIRS_NOTE = (
+    "Differences of final accuracy are paired, line by line on the same images: points, 95 % interval, and "
+    "the two-sided p-value of no difference, corrected for the number of lines in its column (Holm). *As "
+    "they predict* takes each line under its own readout."
+)
+_APART_NOTE = (
+    "Some runs are from before answers were kept by image under both readouts: {lines}. Where these lack "
+    "them, their images are drawn apart from those of the other lines, which widens the intervals, and no "
+    "differences are given; runs made again have both."
+)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells with their marks: ``"best"``, ``"second"`` or ``""``."""
-
-    title: str
-    header: list[str]
-    cells: list[list[str]]
-    marked: list[list[str]]
-
-
-def tables(entries: Sequence[Entry]) -> list[Table]:
-    """The tables of the pages, in their order."""
-    final = ACCURACIES[0]
-    columns: list[tuple[Figure, str | None]] = [(final, "heads"), (final, "calibrated")]
-    columns += [(figure, None) for figure in ACCURACIES if figure.key in _MAIN]
-    first = _table("Accuracy", entries, columns)
-    first.header[3:5] = ["final, heads", "final, calibrated"]
-    made = [first]
-    made += [_table(f"All figures: {r}", entries, [(figure, r) for figure in ACCURACIES]) for r in READOUTS]
-    return [*made, _table("Cost", entries, [(figure, None) for figure in COSTS])]
-
-
-def _table(title: str, entries: Sequence[Entry], columns: Sequence[tuple[Figure, str | None]]) -> Table:
-    shown = [e for e in entries if any(r is None or r in readouts(e) for _, r in columns)]
-    cells = [[entry.label, entry.readout, _seeds(entry)] for entry in shown]
-    marked = [["", "", ""] for _ in shown]
-    for figure, readout in columns:
-        found = [spread(entry, figure, readout or entry.readout) for entry in shown]
-        for row, signs, value, sign in zip(
-            cells, marked, found, marks(shown, found, figure.better), strict=True
-        ):
-            row.append(_cell(figure, value))
-            signs.append(sign)
-    return Table(
-        title, ["method", "predicts with", "seeds", *(figure.title for figure, _ in columns)], cells, marked
-    )
-
-
-def _cell(figure: Figure, value: Spread | None) -> str:
-    if value is None:
-        return "-"
-    scale, digits = (100, 1) if figure in ACCURACIES else (1, 0 if figure.key != "stored_mb" else 1)
-    if figure.key == "trainable_mb":
-        digits = 2
-    shown = f"{scale * value.mean:.{digits}f}"
-    if value.deviation is None or figure.key == "forward_passes":
-        return shown
-    return f"{shown} ± {scale * value.deviation:.{digits}f}"
-
-
-def _seeds(entry: Entry) -> str:
-    return ", ".join(map(str, entry.seeds))
-
-
-def markdown(entries: Sequence[Entry], protocol: Sequence[str], command: str, *, plot: bool) -> str:
+def markdown(comparison: Comparison, *, plot: bool) -> str:
     """The text of ``compare.md``.
 
     Args:
-        entries: The lines, in the order of the tables.
-        protocol: What all runs have in common, one sentence each.
-        command: That made the page.
+        comparison: What it shows.
         plot: Whether ``compare.png`` lies beside it.
     """
-    parts = ["# Comparison", "\n".join(f"- {item}" for item in protocol), f"```sh\n{command}\n```", *_NOTES]
+    shared = "\n".join(f"- {item}" for item in comparison.protocol)
+    parts = ["# Comparison", shared, f"```sh\n{comparison.command}\n```", *_notes(comparison)]
     parts.append("![Accuracy over all classes seen so far](compare.png)" if plot else _NO_PLOT)
     signs = {"best": "**", "second": "*", "": ""}
-    for table in tables(entries):
+    for table in tables(comparison):
         lines = [
             [f"{signs[m]}{cell}{signs[m]}" for cell, m in zip(row, found, strict=True)]
             for row, found in zip(table.cells, table.marked, strict=True)
@@ -125,26 +89,25 @@ img { max-width: 100%; background: #fff; } pre { overflow-x: auto; padding: .6re
 """
 
 
-def page(entries: Sequence[Entry], protocol: Sequence[str], command: str, plot: bytes | None) -> str:
+def page(comparison: Comparison, plot: bytes | None) -> str:
     """The text of ``compare.html``: one file with everything in it.
 
     Args:
-        entries: The lines, in the order of the tables.
-        protocol: What all runs have in common.
-        command: That made the page.
+        comparison: What it shows.
         plot: The curves as PNG.
     """
     picture = f"<p>{html.escape(_NO_PLOT)}</p>"
     if plot is not None:
         data = base64.b64encode(plot).decode()
         picture = f'<img alt="Accuracy over all classes seen so far" src="data:image/png;base64,{data}">'
-    body = ["<h1>Comparison</h1>", "<ul>", *(f"<li>{html.escape(item)}</li>" for item in protocol), "</ul>"]
+    shared = (f"<li>{html.escape(item)}</li>" for item in comparison.protocol)
+    body = ["<h1>Comparison</h1>", "<ul>", *shared, "</ul>"]
     body += [
-        f"<pre>{html.escape(command)}</pre>",
-        *(f"<p>{_emphasised(note)}</p>" for note in _NOTES),
+        f"<pre>{html.escape(comparison.command)}</pre>",
+        *(f"<p>{_emphasised(note)}</p>" for note in _notes(comparison)),
         picture,
     ]
-    for table in tables(entries):
+    for table in tables(comparison):
         head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)
         body += [
             f"<h2>{html.escape(table.title)}</h2>",
@@ -165,6 +128,23 @@ def page(entries: Sequence[Entry], protocol: Sequence[str], command: str, plot: 
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What has to be known to read the tables."""
+    evidence = comparison.evidence
+    notes = list(_NOTES)
+    if evidence.rooms:
+        notes.append(_ROOM_NOTE)
+    if evidence.lacking:
+        notes.append(evidence.lacking)
+    if evidence.rooms or evidence.differences:
+        notes.append(_DRAWS_NOTE.format(draws=f"{evidence.draws:,}"))
+    if evidence.differences:
+        notes.append(_PAIRS_NOTE)
+    if evidence.apart:
+        notes.append(_APART_NOTE.format(lines=", ".join(evidence.apart)))
+    return notes
 
 
 def _emphasised(note: str) -> str:

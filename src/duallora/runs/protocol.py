@@ -22,7 +22,7 @@ from duallora.backbones.frozen_features import FrozenFeatures
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.predictions import readouts_of
-from duallora.runs import report
+from duallora.runs import figures, report
 from duallora.runs.metrics import accuracy, count_hits
 from duallora.runs.results import SCHEMA_VERSION, FinalPass, Row, assemble
 from duallora.runs.run_directory import RunDirectory
@@ -157,7 +157,8 @@ def _learn(
     first = parallel.rank() == 0
     for t, task in enumerate(stream):
         if t >= len(learner.tasks):
-            learner.learn(task.train, name=task.name)
+            record = learner.learn(task.train, name=task.name)
+            progress.record(record.figures(t + 1))
             with parallel.failing_together():
                 if first:
                     learner.save(directory.model)
@@ -187,6 +188,7 @@ def _evaluate(
         if task < skipped:
             continue
         outputs = learner.outputs(test)
+        progress.record(figures.of_gate(outputs, task))
         labels = _labels(learner, test)
         for name in readouts_of(outputs):
             row.setdefault(name, []).append(count_hits(outputs, name, labels, task))
@@ -201,6 +203,7 @@ def _final_pass(
     final = FinalPass()
     for task, test in progress.track(enumerate(tests), len(tests), "evaluating"):
         outputs = learner.outputs(test)
+        progress.record(figures.of_gate(outputs, task))
         then = directory.features(task) if task < len(tests) - 1 else outputs.features
         final.add(outputs, _labels(learner, test), then)
     return final
@@ -208,13 +211,14 @@ def _final_pass(
 
 def _tell(stream: Stream, rows: list[Row], directory: RunDirectory, progress: Progress) -> None:
     task = len(rows) - 1
+    progress.record(figures.of_row(rows[-1]))
     if any(None in hits for hits in rows[-1].values()):
         directory.log("learned", task=task, name=stream.tasks[task].name)
         return
     shares = {name: accuracy(hits) for name, hits in rows[-1].items()}
     directory.log("evaluated", task=task, name=stream.tasks[task].name, accuracy=shares)
-    figures = ", ".join(f"{percent(share)} % ({name})" for name, share in shares.items())
-    progress.line(f"after task {task + 1} of {len(stream)}: accuracy on all seen test images {figures}")
+    told = ", ".join(f"{percent(share)} % ({name})" for name, share in shares.items())
+    progress.line(f"after task {task + 1} of {len(stream)}: accuracy on all seen test images {told}")
 
 
 def _write_report(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duallora.predictions import READOUTS, best, calibration_error, class_probabilities, readouts_of
+from duallora.runs import answers
 from duallora.runs.metrics import Hits, count_hits, feature_drift, summary
 from duallora.runtime import parallel
 
@@ -108,6 +109,7 @@ def assemble(
         "task_posterior_accuracy": _posterior_accuracy(final),
         "feature_drift": final.drift,
         "readouts": readouts,
+        "answers": answers.packed([task.test for task in stream], final.correct),
         "tasks": [
             _task(record, task.test, gate)
             for record, task, gate in zip(learner.tasks, stream, final.own_gate, strict=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -14,17 +14,53 @@ T = TypeVar("T")
 _SILENCE = 30.0  # seconds without a line before a long loop says where it is, when there is no terminal
 
 
+class Figures(Protocol):
+    """Whoever wants figures of a training while it goes on."""
+
+    def take(self, figures: Mapping[str, float], step: int) -> None:
+        """Takes figures by name.
+
+        Args:
+            figures: finite or not.
+            step: optimiser steps that are behind; never fewer than before.
+        """
+
+
 class Progress:
     """Tells a person what is going on.
 
     Args:
         console: where to write; the default is stderr.
         quiet: say nothing at all.
+        figures: gets what is recorded; without it that goes nowhere.
+
+    Attributes:
+        steps: optimiser steps recorded so far.
     """
 
-    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, console: Console | None = None, quiet: bool = False, figures: Figures | None = None
+    ) -> None:
         self.console = console if console is not None else Console(stderr=True)
         self.quiet = quiet
+        self.figures = figures
+        self.steps = 0
+
+    @property
+    def recording(self) -> bool:
+        """Whether anybody wants figures; what costs something is computed only then."""
+        return self.figures is not None
+
+    def record(self, figures: Mapping[str, float], *, steps: int = 0) -> None:
+        """Passes figures on.
+
+        Args:
+            figures: by name.
+            steps: optimiser steps since the last call.
+        """
+        self.steps += steps
+        if self.figures is not None:
+            self.figures.take(figures, self.steps)
 
     def line(self, text: str) -> None:
         """Writes one line."""

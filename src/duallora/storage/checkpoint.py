@@ -36,6 +36,7 @@ from duallora.storage.regular import read_regular
 __all__ = [
     "CHANGED",
     "FORMAT_VERSION",
+    "OWN_FILE",
     "clear",
     "commit",
     "exclusive",
@@ -52,7 +53,7 @@ FORMAT_VERSION = 2
 CHANGED = "the model has changed meanwhile, so this would take something else back; look again."
 
 _MANIFEST = "model.json"
-_OWN_FILE = re.compile(r"(model|backbone)-[0-9a-f]{12}\.safetensors")
+OWN_FILE = re.compile(r"(model|backbone)-[0-9a-f]{12}\.safetensors")
 
 
 def commit(
@@ -300,7 +301,7 @@ def _copy_all(folder: Path, extra_files: Mapping[str, tuple[Path, str]]) -> dict
     files = {}
     for stem, (source, digest) in extra_files.items():
         target = folder / f"{stem}-{digest[:12]}.safetensors"
-        if not _OWN_FILE.fullmatch(target.name):
+        if not OWN_FILE.fullmatch(target.name):
             raise ValueError(f"extra_files takes 'backbone', not {stem!r}")
         there = target.exists() and sha256_of(target) == digest
         if not there and replace_file(target, chunks_of(source)) != digest:
@@ -352,7 +353,7 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
         # Names are checked as well as hashes: a made-up model.json must not point outside its folder.
         weights = manifest.get("weights")
         if isinstance(files, dict) and isinstance(weights, str) and weights in files:
-            names_valid = all(_OWN_FILE.fullmatch(name) for name in files)
+            names_valid = all(OWN_FILE.fullmatch(name) for name in files)
             if names_valid and all(isinstance(digest, str) for digest in files.values()):
                 return dict(manifest)
     raise DualLoRAError(f"{path} is not a model saved by duallora; name another folder.")
@@ -388,7 +389,7 @@ def _unnamed(folder: Path, *manifests: Mapping[str, Any] | None) -> list[Path]:
     for manifest in manifests:
         if manifest is not None:
             named.update(manifest["files"], (manifest.get("previous") or {}).get("files", {}))
-    return [path for path in folder.iterdir() if _OWN_FILE.fullmatch(path.name) and path.name not in named]
+    return [path for path in folder.iterdir() if OWN_FILE.fullmatch(path.name) and path.name not in named]
 
 
 def _to_json(manifest: Mapping[str, Any]) -> bytes:

@@ -116,20 +116,31 @@ class Lesson:
             known = tuple(learner.classes)
             before = Measured.on(learner, self.check)
             with self.request.granted(learner):
-                name, held_back = self.name_for(learner), self.images.held_back
-                record = learner.learn(self.images.train, name, held_back=held_back)
+                name, aside = self.name_for(learner), self.images.held_back
+                record = learner.learn(self.images.train, name, held_back=aside)
             after, comparison = Measured.on(learner, self.check), None
             if before is not None and after is not None:
                 comparison = Comparison(before.accuracy, after.accuracy)
                 comparison.require(self.max_drop)
             progress.begin("measuring on the images held back")
-            held_back = Measured.on(learner, self.images.held_back)
+            held_back = Measured.on(learner, aside)
             if held_back is not None:
                 record = held_back.note(learner)
             train = None
             if self.measure_train and set(known).difference(record.classes):
                 progress.begin("looking for new images that are taken for old classes")
                 train = Measured.on(learner, self.images.train)
+            progress.record(_figures(record, len(learner.tasks), comparison))
             yield Learned(learner, record, known, comparison, after, held_back, train)
             progress.begin("saving")
             learner.commit(self.model)
+
+
+def _figures(record: TaskRecord, number: int, comparison: Comparison | None) -> dict[str, float]:
+    """What of a lesson a logger shows, by name."""
+    found = record.figures(number)
+    if record.held_back_accuracy is not None:
+        found["accuracy/held back"] = record.held_back_accuracy
+    if comparison is not None:
+        found |= {"accuracy/check before": comparison.before, "accuracy/check after": comparison.after}
+    return found

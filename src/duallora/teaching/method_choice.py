@@ -16,6 +16,7 @@ DEFAULT_METHOD = "duallora"
 TRAINING_FIELDS = frozenset(
     {
         "epochs",
+        "first_epochs",
         "min_steps",
         "batch_size",
         "class_weights",

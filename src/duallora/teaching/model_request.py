@@ -12,6 +12,7 @@ from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.storage import checkpoint
 from duallora.storage.atomic import sha256_of
+from duallora.storage.copied import require_free
 from duallora.teaching.method_choice import MethodChoice
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ModelRequest:
                 the folder is no place for one.
         """
         if not (model / "model.json").exists():
-            _refuse_foreign(model)
+            require_free(model)  # MODEL and FOLDER are easily swapped
             self.method.config()
             return None
         manifest = checkpoint.read_manifest(model)
@@ -89,17 +90,3 @@ class ModelRequest:
                 f"the model was made with a backbone of sha256 {sha256[:12]}, and --backbone-file "
                 f"{self.backbone_file} has {found[:12]}; {remedy}"
             )
-
-
-def _refuse_foreign(model: Path) -> None:
-    """A new model goes into a new or an empty folder: MODEL and FOLDER are easily swapped."""
-    if not model.exists():
-        return
-    if not model.is_dir():
-        raise DualLoRAError(f"{model} is a file; name a folder for the model.")
-    names = sorted(entry.name for entry in model.iterdir() if not entry.name.startswith("."))
-    others = [name for name in names if not checkpoint._OWN_FILE.fullmatch(name)]  # left by a kill
-    if others:
-        raise DualLoRAError(
-            f"{model} is no saved model and holds other files ({others[0]}); name a new folder for the model."
-        )

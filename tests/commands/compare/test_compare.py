@@ -27,6 +27,7 @@ from duallora.cli import main
 from duallora.commands import compare as compare_module
 from duallora.commands.arguments import parse
 from duallora.commands.subprocess_jobs import Job
+from duallora.runs.answers import unpacked
 
 # -- the whole ----------------------------------------------------------------------------------------------
 
@@ -66,6 +67,26 @@ def test_the_command_on_the_page_is_the_one_that_made_it(finished: Path, templat
     given = words_of(template, "lora,ncm,joint", template / "lora-x.yaml")
     parsed = [parse("compare", compare_module.compare, each) for each in (words, given[1:])]
     assert parsed[0] == parsed[1]
+
+
+def test_the_page_says_what_room_there_is_and_how_lines_differ(call: Call, finished: Path) -> None:
+    out = finished / "out"
+    for page in ("compare.md", "compare.html"):
+        assert "add frozen to --methods" in (out / page).read_text()
+    found = read(out / "compare.json")
+    assert "add frozen to --methods" in found["rooms_lacking"] and not found["rooms"]
+    pairs = {frozenset((each["line"], each["other"])) for each in found["differences"]}
+    assert len(pairs) == 6 and all(line["answers_by_image"] for line in found["lines"])
+    lines = words_of(finished, "lora,ncm,joint,frozen", finished / "lora-x.yaml", seeds="0")
+    done = call(*lines, "--reference", "ncm")
+    assert done.code == 0 and "room" in done.out
+    found = read(out / "compare.json")
+    assert found["rooms"].keys() == {"heads", "calibrated"} and found["rooms_lacking"] is None
+    assert "## Room captured" in (text := (out / "compare.md").read_text())
+    assert "## Final accuracy less that of ncm" in text
+    for line in found["lines"]:  # bits that a run kept give the accuracy that it reports
+        run = read(out / "runs" / f"{line['name']}-0" / "results.json")
+        assert unpacked(run) is not None
 
 
 @pytest.mark.parametrize("name", ["lora-x", "joint"])
@@ -134,7 +155,7 @@ def test_an_interrupted_comparison_is_resumed(
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    def stop(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> list[Job]:
+    def stop(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None], *_: object) -> list[Job]:
         for job in jobs:
             if in_process(started)([job], at_once, tell):
                 raise KeyboardInterrupt
@@ -186,6 +207,7 @@ def test_nothing_is_shown_where_every_run_fails(call: Call, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (["--reference", "lora"], ["--reference lora is no line"]),
         (["--seeds", "0,x"], ["--seeds must be numbers separated by commas", "0,x"]),
         (["--seeds", "0,,1"], ["--seeds must be numbers"]),
         (["--seeds", "-1"], ["--seeds", "from 0"]),

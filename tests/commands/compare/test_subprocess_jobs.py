@@ -18,7 +18,7 @@ from compare_tools import (
     rows_of,
 )
 
-from duallora.commands.subprocess_jobs import Job, run_jobs
+from duallora.commands.subprocess_jobs import Job, gpus, run_jobs
 
 
 @pytest.fixture
@@ -62,6 +62,22 @@ def test_two_jobs_run_at_a_time_and_share_the_threads(
     last = stub("echo $OMP_NUM_THREADS")
     assert run_jobs([last], 2, lambda _: None) == []
     assert last.log.read_text() == "3\n"
+
+
+def test_every_run_sees_one_gpu_the_one_with_fewest_runs(
+    stub: Callable[[str], Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
+    assert gpus() == ("4", "GPU-7")
+    wait = "i=0; while [ ! -e {other} ] && [ $i -lt 6000 ]; do sleep 0.05; i=$((i+1)); done"
+    first = stub("echo $CUDA_VISIBLE_DEVICES; touch a; " + wait.format(other="c"))
+    second = stub("echo $CUDA_VISIBLE_DEVICES; " + wait.format(other="a"))
+    third = stub("echo $CUDA_VISIBLE_DEVICES; touch c")  # begins when the second has ended
+    assert run_jobs([first, second, third], 2, lambda _: None, gpus()) == []
+    assert [job.log.read_text() for job in (first, second, third)] == ["4\n", "GPU-7\n", "GPU-7\n"]
+    plain = stub("echo $CUDA_VISIBLE_DEVICES")
+    assert run_jobs([plain], 1, lambda _: None) == []
+    assert plain.log.read_text() == "4, GPU-7\n"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, signal.SIGTERM])
