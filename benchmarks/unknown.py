@@ -32,8 +32,9 @@ from duallora.streams import FolderDataset, hold_back, split
 from duallora.streams.task import TaskDataset, as_task_dataset, positions_by_class
 from duallora.teaching.measure import Measured
 
-LESSONS = {"seedlings": 4, "gtsrb": 5}
+LESSONS = {"seedlings": 4, "gtsrb": 4}
 TRAINED, ASKED, FAR = 20, 10, 3  # images of a class
+CLASSES = 12  # of a stream, the first by name
 SCORES = ("familiarity", "maximum softmax", "Mahalanobis")
 
 
@@ -87,7 +88,12 @@ def study(name: str, data: Path, others: list[str], seed: int, method: str) -> l
     """The figures of a stream after each lesson."""
     train, val = (as_task_dataset(FolderDataset(data / name / part)) for part in ("train", "val"))
     stream = split(
-        first(train, TRAINED), LESSONS[name], test=first(val, ASKED), order_seed=1993 + seed, name=name
+        first(train, TRAINED),
+        LESSONS[name],
+        test=first(val, ASKED),
+        order_seed=1993 + seed,
+        classes=CLASSES,
+        name=name,
     )
     learner = ContinualLearner(
         method=METHODS[method].config(), seed=seed, device=Compute("cpu", workers=0).start()

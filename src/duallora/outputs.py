@@ -39,7 +39,8 @@ class TaskRecord:
         held_back_accuracy: share of the task's held-back images that were named rightly among all classes
             known on that day; None where it was not measured.
         held_back_images: how many these were.
-        unknown_below: familiarity above which 95 % of these images lie; None where none were held back.
+        unknown_below: familiarity above which 95 % of new images of the classes lie, judged by these; None
+            where they are fewer than two.
     """
 
     name: str
@@ -108,8 +109,8 @@ def new_name(name: str | None, tasks: Sequence[TaskRecord]) -> str:
 def unknown_thresholds(tasks: Iterable[TaskRecord]) -> dict[str, float]:
     """By the name of each task the familiarity below which an image that is given to it is called unknown.
 
-    It is the one that keeps 95 % of the task's held-back images. A task without such images has the mean of
-    the others, each weighted by its images.
+    It is the one found on the task's held-back images. A task without such images has the mean of the others,
+    each weighted by its images.
 
     Raises:
         DualLoRAError: no task has held-back images.

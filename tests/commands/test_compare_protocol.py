@@ -103,9 +103,11 @@ def test_methods_are_listed_with_paper_and_what_they_store(capsys: pytest.Captur
             method.reconstruction,
             method.forward_passes,
         )
+        assert entry["more_passes"] == method.more_passes
     assert any(entry["reconstruction"] for entry in found)
     text = call("methods").out
     firsts = [row.split("│")[1].strip() for row in text.splitlines() if row.startswith("│")]
     assert [name for name in firsts if name] == list(METHODS)
     flat = " ".join(re.sub("[│┃]", " ", text).split())
+    assert all(method.more_passes in flat for _, method in METHODS.values())
     assert flat.count("(reconstruction)") == sum(entry["reconstruction"] for entry in found)

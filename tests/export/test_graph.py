@@ -85,7 +85,9 @@ def test_a_file_says_what_predict_says(
         assert torch.equal(after, wanted), "an export leaves the learner as it is"
 
 
-@pytest.mark.parametrize("name", ["duallora", "inflora", "l2p", "dualprompt", "ranpac", "lora"])
+@pytest.mark.parametrize(
+    "name", ["duallora", "inflora", "cl-lora", "mos", "tuna", "l2p", "dualprompt", "ranpac", "lora"]
+)
 def test_other_methods_can_be_exported(name: str, tmp_path: Path) -> None:
     """And the default of ``duallora``, without a residual adapter."""
     learner = new_learner(small_config(name, **({"residual": "none"} if name == "duallora" else {})))

@@ -34,11 +34,12 @@ def test_the_same_file_in_two_class_folders_is_refused(tmp_path, part):
 
 @pytest.mark.parametrize("second", ["a.png,bee", "copy.png,bee"])
 def test_a_table_that_names_one_image_twice_is_refused(tmp_path, second):
-    images(tmp_path, ["ant"], 1)
+    images(tmp_path, ["ant", "bee"], 6)
     for name in ("a.png", "copy.png"):
         shutil.copy(tmp_path / "ant" / "000.png", tmp_path / name)
     table = tmp_path / "table.csv"
-    table.write_text(f"path,label\na.png,ant\n{second}\n")
+    rows = [f"{name}/{number:03d}.png,{name}" for name in ("ant", "bee") for number in range(1, 6)]
+    table.write_text("\n".join(["path,label", "a.png,ant", *rows, second]) + "\n")
     with pytest.raises(DualLoRAError, match=r"ant.*bee|bee.*ant") as refused:
         load(str(table), tasks=1)
     assert "one label" in str(refused.value)

@@ -6,12 +6,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from command_line import assert_refused, images
 from small_tasks import Patterns, learned, reloaded, three_tasks
 
 from duallora import ContinualLearner, DualLoRAError
 from duallora.outputs import unknown_thresholds
 from duallora.teaching.measure import Measured
+from duallora.teaching.unknown import unknown_below
 
 QUICK = ("--epochs", 1, "--method.min_steps", 0)
 
@@ -21,12 +23,28 @@ def learner():
     return learned("duallora", three_tasks(8)[:2])
 
 
-def test_it_keeps_95_of_100_images(learner):
-    data = Patterns(["ant", "bee"], 20, seed=9)
-    measured = Measured.on(learner, data)
-    familiarity = learner.outputs(data).familiarity
-    assert measured.familiarity == tuple(familiarity.tolist())
-    assert int((familiarity.double() >= measured.unknown_below).sum()) == 38
+@pytest.mark.parametrize(("images", "place"), [(19, 1), (38, 1), (39, 2), (99, 5), (100, 5)])
+def test_of_many_images_it_is_one_of_the_smallest(images, place):
+    values = torch.linspace(0.2, 0.9, images, dtype=torch.float64)
+    assert unknown_below(values.flip(0).tolist()) == pytest.approx(float(values[place - 1]))
+
+
+@pytest.mark.parametrize("images", [2, 5, 18, 19, 60])
+def test_95_of_100_new_images_lie_above(images):
+    """Of many draws of log odds from a normal distribution, as with Student's interval."""
+    drawn = torch.randn(2000, images + 1, generator=torch.Generator().manual_seed(images)).double().sigmoid()
+    above = [float(new[-1]) >= unknown_below(new[:-1].tolist()) for new in drawn]
+    assert 0.93 < sum(above) / len(above) < 0.975
+
+
+def test_of_one_image_there_is_none():
+    assert unknown_below([]) is None and unknown_below([0.5]) is None
+    assert 0 < unknown_below([1.0, 1.0]) <= 1
+
+
+def test_familiarities_are_those_of_the_outputs(learner):
+    data = Patterns(["ant", "bee"], 5, seed=9)
+    assert Measured.on(learner, data).familiarity == tuple(learner.outputs(data).familiarity.tolist())
 
 
 def test_it_is_saved_with_the_lesson(learner, tmp_path):
@@ -35,7 +53,7 @@ def test_it_is_saved_with_the_lesson(learner, tmp_path):
     try:
         measured.note(learner)
         found = reloaded(learner, tmp_path / "model").tasks
-        assert found[-1].unknown_below == measured.unknown_below
+        assert found[-1].unknown_below == unknown_below(measured.familiarity)
         assert found[0].unknown_below is None
     finally:
         learner.tasks[-1] = before
@@ -54,8 +72,8 @@ def test_lessons_without_images_take_the_mean_of_the_others(learner):
 
 
 def test_learn_prints_it_and_predict_uses_it(call, tmp_path):
-    said = call("learn", tmp_path / "pets", images(tmp_path / "a", ["cat", "dog"], 10), *QUICK)
-    assert "which keeps 95 % of these images" in said.out
+    said = call("learn", tmp_path / "pets", images(tmp_path / "a", ["cat", "dog"], 20), *QUICK)
+    assert "95 % of new ones are above" in said.out
     manifest = json.loads((tmp_path / "pets" / "model.json").read_text())
     below = manifest["tasks"][0]["unknown_below"]
     assert f"unknown below a familiarity of {below:.2f}" in said.out

@@ -2,7 +2,7 @@
 
 ``Sigma_c = a1 F_c F_c^T + a2 S + a3 I``: F_c F_c^T (F_c: d x r) is the class's own covariance in its r
 largest directions, S the mean covariance. With ``C C^T = a2 S + a3 I`` and features in the coordinates
-``z = f C^-T``, where the shared part is the identity, Woodbury's formula gives the squared distance of class c:
+``z = f C^-T``, where the shared part is the identity, Woodbury's formula gives the distance of class c:
 
     |v|^2 - |v P_c|^2,   v = z - nu_c,   P_c = V_c L_c^-T,
     V_c = sqrt(a1) C^-1 F_c,   L_c L_c^T = I + V_c^T V_c

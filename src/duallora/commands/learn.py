@@ -141,8 +141,11 @@ def _tell_measured(learned: Learned) -> None:
         share, error = percent(held_back.accuracy), held_back.calibration_error
         console.line(f"held-back accuracy: {share} % on {len(held_back.answers)} images")
         console.line(f"calibration error: {'-' if error is None else f'{error:.3f}'}")
-        below = held_back.unknown_below
-        console.line(f"unknown below a familiarity of {below:.2f}, which keeps 95 % of these images")
+        below = learned.record.unknown_below
+        if below is not None:
+            console.line(
+                f"unknown below a familiarity of {below:.2f}: by these images, 95 % of new ones are above"
+            )
     counts = confused(learned.known, learned.record.classes, [held_back, learned.check])
     if counts is not None:
         worst = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_SHOWN))

@@ -30,7 +30,7 @@ def predict(
         image: image files and folders of images, which are walked
         top: how many classes are given for each image
         unknown_below: call images unknown whose familiarity (1 - unknown) is below this, from 0 to 1; auto
-            takes what keeps 95 % of the held-back images of the lesson that is named
+            takes what the held-back images of the lesson named say, which 95 % of new images lie above
         explain: write a picture for each image to DIR, with what spoke for the answer bright
         out: also write a CSV file
         json: print one JSON document

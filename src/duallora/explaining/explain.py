@@ -15,7 +15,6 @@ from duallora.data.transforms import ImageLike
 from duallora.errors import DualLoRAError
 from duallora.explaining.attention import AttentionWeights, relevance
 from duallora.explaining.overlay import overlay
-from duallora.methods.readouts import readouts
 from duallora.outputs import rows_of
 from duallora.predictions import log_rows, summed_classes, summed_tasks
 
@@ -84,7 +83,9 @@ def explain(learner: ContinualLearner, image: ImageLike, label: str | None = Non
     picture = to_pil(image)
     batch = learner.preprocess(picture)[None].to(learner.device).requires_grad_()
     with uncompiled(), torch.enable_grad(), AttentionWeights() as seen:
-        found = readouts(learner.method, batch, cached=False)
+        with learner.method.context.reading(), learner.method.computing.holding(True):
+            encoding = learner.method.encode(batch)
+        found = learner.method.readouts(encoding)
     row_task, row_class = (rows.to(learner.device) for rows in rows_of(learner.tasks, learner.classes))
     readout, rows = learner.method.answer, log_rows(found, learner.method.answer)
     probabilities = summed_classes(rows.detach().double(), row_class, len(learner.classes))[0]

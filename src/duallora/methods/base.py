@@ -14,6 +14,7 @@ from duallora.adapters.per_pass import PerPass
 from duallora.adapters.wrapped_mlp import BesideMLP, put_beside_mlp
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
+from duallora.classifiers.calibration import calibrate
 from duallora.classifiers.class_statistics import ByRow, ClassMoments, ClassStatistics
 from duallora.classifiers.heads import Heads
 from duallora.errors import DualLoRAError
@@ -22,7 +23,6 @@ from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
 from duallora.methods.random_streams import RandomStream, generator
-from duallora.methods.readouts import readouts
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
 
@@ -269,7 +269,22 @@ class Method:
             images: (B, 3, H, W).
             cached: features of the bare backbone may come from the cache; else all of it is computed.
         """
-        return readouts(self, images, cached=cached)
+        with self.context.reading(), self.computing.holding(not cached):
+            encoding = self.encode(images)
+        return self.readouts(encoding)
+
+    def readouts(self, encoding: Encoding) -> BatchOutputs:
+        """What a forward pass says, with gradients where it has them."""
+        config, logits = self.config, self.head_logits(encoding)
+        log_q, familiarity = self.rows.posterior_and_familiarity(encoding.features)
+        log_task, calibrated = self.task_posterior(encoding, log_q), None
+        if config.calibration != "none":
+            row_task = self.rows.row_task
+            calibrated = calibrate(logits, log_q, log_task, row_task, config.calibration, config.tau)
+        if self.realigned:  # they began under the covariance of their time, which later tasks change
+            logits = log_q + (logits - self.starts(encoding.features)) / 2
+        heads, features = logits.log_softmax(1), self.final(encoding.features)
+        return BatchOutputs(heads, calibrated, log_task, familiarity, encoding.gate, features)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses classes of a task: their rows and head outputs, with the last one all that is the task's own.

@@ -194,7 +194,7 @@ class MOS(Method):
         if not self.heads.tasks:
             return Encoding(self.backbone(images).float())
         look, row_task = self._look(images), row_tasks(self.heads)
-        chosen = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        chosen = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
         first = features = look(chosen)
         with torch.autocast(images.device.type, enabled=False):
             similar = cosines(self.final(first), self.prototypes.direction.to(images.device))

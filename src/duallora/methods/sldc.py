@@ -78,7 +78,7 @@ class SLDC(Method):
         """Symmetric cross-entropy on the current head; from the second task on with distillation."""
         f = self.final(self.features(batch.images))
         logits = self.heads.current(f)
-        loss = self.class_loss.mean(symmetric_cross_entropy(logits, batch.labels), batch.labels)
+        loss = self.class_loss.mean(symmetric_losses(logits, batch.labels), batch.labels)
         if not self._teacher:
             return loss
         before = self._before_features(batch.images)
@@ -154,6 +154,11 @@ class SLDC(Method):
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean () of :func:`symmetric_losses`."""
+    return symmetric_losses(logits, labels).mean()
+
+
+def symmetric_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Of each image (n,), half ``-log p(c)`` and half ``-log(1e-4) (1 - p(c))``, with the roles exchanged."""
     own = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
     return (-own - math.log(1e-4) * (1 - own.exp())) / 2

@@ -92,7 +92,7 @@ def under(method: Method, acting: PerPass[int | Tensor], images: Tensor, tasks: 
         tasks: the task; (n,) one for each image.
     """
     if isinstance(tasks, int):  # as a tensor: a compiled pass is the same for all tasks
-        tasks = torch.full((len(images),), tasks, device=images.device)
+        tasks = torch.full((images.shape[0],), tasks, device=images.device)
     with acting.holding(tasks):
         features: Tensor = method.backbone(images).float()
     return features
@@ -113,7 +113,7 @@ def own_features(
 
 def picked(every: Tensor, best: Tensor) -> Tensor:
     """Of K results for each of n images (K, n, ...) the one at its place ``best`` (n,): (n, ...)."""
-    return every[best, torch.arange(len(best), device=best.device)]
+    return every[best, torch.arange(best.shape[0], device=best.device)]
 
 
 def prototypes(features: Tensor, labels: Tensor, classes: int) -> Tensor:

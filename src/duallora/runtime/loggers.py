@@ -16,7 +16,7 @@ Kind = Literal["none", "csv", "tensorboard", "wandb"]
 _FLUSH = 20  # steps after which a CSV file is written again
 
 
-class _Logger(Protocol):
+class Logger(Protocol):
     """What of Lightning Fabric's loggers is used."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -35,9 +35,9 @@ class Recorder:
         make: makes the logger.
     """
 
-    def __init__(self, make: Callable[[], _Logger]) -> None:
+    def __init__(self, make: Callable[[], Logger]) -> None:
         self._make = make
-        self._logger: _Logger | None = None
+        self._logger: Logger | None = None
         self._step, self._waiting = -1, dict[str, float]()
 
     def take(self, figures: Mapping[str, float], step: int) -> None:
@@ -115,7 +115,7 @@ class Logging:
             recorder.close(status)
 
 
-def _make(kind: Kind, folder: Path, about: Mapping[str, Any]) -> _Logger:
+def _make(kind: Kind, folder: Path, about: Mapping[str, Any]) -> Logger:
     if kind == "wandb":
         return _Wandb(folder, about)
     # Lightning Fabric is slow to import, and needed only here and in training.
@@ -127,7 +127,7 @@ def _make(kind: Kind, folder: Path, about: Mapping[str, Any]) -> _Logger:
         made = CSVLogger(folder, name="", flush_logs_every_n_steps=_FLUSH)
     else:
         made = TensorBoardLogger(folder, name="")
-    logger: _Logger = made
+    logger: Logger = made
     return logger
 
 
@@ -141,9 +141,9 @@ class _Wandb:
         self._run: Any = wandb.init(project="duallora", dir=str(folder), config=dict(about))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """See :class:`_Logger`."""
+        """See :class:`Logger`."""
         self._run.log(metrics, step=step)
 
     def finalize(self, status: str) -> None:
-        """See :class:`_Logger`."""
+        """See :class:`Logger`."""
         self._run.finish(exit_code=int(status != "success"))

@@ -12,15 +12,12 @@ import torch
 from duallora.errors import CheckFailed
 from duallora.predictions import best, calibration_error, class_probabilities
 from duallora.storage.documents import percent
+from duallora.teaching.unknown import unknown_below
 
 if TYPE_CHECKING:
     from duallora.learner import ContinualLearner
     from duallora.outputs import TaskRecord
     from duallora.streams import FolderDataset, TaskDataset
-
-
-KEPT = 0.95
-"""Share of a lesson's held-back images that are not called unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +59,6 @@ class Measured:
     confidence: tuple[float, ...]
     familiarity: tuple[float, ...]
 
-    @property
-    def unknown_below(self) -> float:
-        """The familiarity above which 95 % of the images lie."""
-        return float(torch.tensor(self.familiarity, dtype=torch.float64).quantile(1 - KEPT))
-
     @classmethod
     def on(cls, learner: ContinualLearner, data: TaskDataset | FolderDataset | None) -> Measured | None:
         """Measures a learner on images of classes that it knows; None for no images."""
@@ -87,7 +79,7 @@ class Measured:
             learner.tasks[-1],
             held_back_accuracy=self.accuracy,
             held_back_images=len(self.answers),
-            unknown_below=self.unknown_below,
+            unknown_below=unknown_below(self.familiarity),
         )
         learner.tasks[-1] = record
         return record
