@@ -21,6 +21,8 @@ from duallora.bench.synthetic import simulated_learner
 from duallora.export import peft as module
 from duallora.export.peft import least_rank, to_peft
 
+pytestmark = pytest.mark.slow  # peft takes seconds to import
+
 NAMES: Callable[[Any, int], tuple[str, ...]] = lambda _, layer: (f"blocks.{layer}.attn.qkv",)  # noqa: E731
 
 

@@ -132,6 +132,10 @@ def test_the_command_tells_what_was_measured(
     for part in ("int8: the same class on", "preprocessing: the same class on", "of 6 images", "ms an image"):
         assert part in called.out
     assert "uint8" in called.out and called.err == ""
+    props = {p.key: p.value for p in onnx.load(tmp_path / "small.onnx").metadata_props}
+    about = json.loads(props["duallora"])
+    assert about["precision"].startswith("int8") and "uint8" in about["input"]
+    assert json.loads(props["classes"]) == about["classes"] == ContinualLearner.load(saved).classes
     assert_refused(call(*words), "--calibrate goes with")
 
 

@@ -85,6 +85,7 @@ def test_a_failure_is_told_to_the_logger(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert logger.logged == [(1, {"loss": 1.0})] and logger.ended == ["failed"]
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_csv_file_and_the_same_results(call: Call, stream: Path, tmp_path: Path) -> None:
     plain = call("run", "--stream", stream, "--out", tmp_path / "plain", *RUN)
     logged = call("run", "--stream", stream, "--out", tmp_path / "logged", "--logger", "csv", *RUN)
@@ -103,6 +104,7 @@ def test_a_run_writes_a_csv_file_and_the_same_results(call: Call, stream: Path, 
     assert last["accuracy/calibrated/task 1"] and last["gate/task 1"]
 
 
+@pytest.mark.slow
 def test_learn_logs_beside_the_model(call: Call, tmp_path: Path) -> None:
     pets, model = images(tmp_path / "pets", ["cat", "dog"], 12), tmp_path / "model"
     words = ("learn", model, pets, "--epochs", 1, "--logger", "csv")
@@ -113,6 +115,7 @@ def test_learn_logs_beside_the_model(call: Call, tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in on_disk(model)} & {"logs", "model-logs"} == set()
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_is_written(call: Call, stream: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     words = ("--logger", "tensorboard", "--log-dir", tmp_path / "board")
@@ -123,6 +126,7 @@ def test_tensorboard_reads_what_is_written(call: Call, stream: Path, tmp_path: P
     assert len(events.Scalars("accuracy/calibrated/all seen")) == 2
 
 
+@pytest.mark.slow
 def test_wandb_gets_its_run(
     call: Call, stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,13 +91,14 @@ def small_onnx(
 
 
 def _described(data: bytes, about: dict[str, Any]) -> bytes:
-    """The same file with other metadata under ``duallora``."""
+    """The same file with its metadata as they are now."""
     import onnx
 
     model = onnx.load_model_from_string(data)
-    for entry in model.metadata_props:
-        if entry.key == "duallora":
-            entry.value = json.dumps(about)
+    # Whatever the quantiser kept of them.
+    onnx.helper.set_model_props(
+        model, {"duallora": json.dumps(about), "classes": json.dumps(about["classes"])}
+    )
     described: bytes = model.SerializeToString()
     return described
 
