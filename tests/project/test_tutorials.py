@@ -37,8 +37,8 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Termin
 def follow(page: Path, terminal: Terminal) -> list[Block]:
     """Does what a page says and returns its blocks.
 
-    It is an error when a line of output does not come, or when a command fails whose code the page does not ask
-    for with ``echo $?``.
+    It is an error when a line of output does not come, or when a command fails and the page does not ask for
+    its exit code with ``echo $?``.
     """
     for block in blocks(page):
         if block.language == "python":
