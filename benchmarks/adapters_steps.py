@@ -29,7 +29,7 @@ from duallora.streams import Stream, TaskDataset
 
 LINES: dict[str, dict[str, Any]] = {
     "duallora": {},
-    "duallora-o": {"residual": "none", "rank": 68},
+    "duallora-o": {"residual": "none", "rank": 50},
 }
 STEPS = (25, 50, 100, 200, 400, 800)
 BATCH = 64

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LESSONS = (("three", "five", "nine"), ("one", "two", "eight"))
 WIDTH, HEIGHT, WIDTHS = 1060, 800, (360, 800, 1400)
-COLOURS = 128  # of a picture in the documents: flat areas and text need no more
+COLOURS = 256  # of a picture in the documents: flat areas and text need no more
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "images"
 
 
@@ -163,7 +163,9 @@ def save(page: Page, file: Path, colours: int = 0) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     page.wait_for_timeout(300)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    (picture.quantize(colours) if colours else picture).save(file, optimize=True)
+    if colours:  # by a method that keeps the colour of a thin line
+        picture = picture.quantize(colours, Image.Quantize.MAXCOVERAGE)
+    picture.save(file, optimize=True)
 
 
 VIEWS = {"start": start, "teach": teach, "learned": learned, "try": attempt, "look": look}

@@ -29,7 +29,7 @@ suppress_warnings = ["toc.not_included", "myst.header"]
 highlight_language = "none"  # of blocks that name no language
 nitpicky = True
 # Types of other libraries, whose references are not here (a build reaches for no network), and private ones.
-_OTHERS = "torch|nn|Tensor|Fabric|timm|PIL|numpy|np|rich|collections|contextlib|pathlib|typing|T"
+_OTHERS = "torch|nn|Tensor|Fabric|timm|PIL|numpy|np|rich|collections|contextlib|pathlib|typing|ImageLike|T"
 nitpick_ignore_regex = [(r"py:.*", rf"(duallora\.(\w+\.)*(T\b|_\w+)|({_OTHERS})\b.*)")]
 
 autodoc_typehints = "signature"
@@ -65,6 +65,15 @@ def add_contents(app: Any, docname: str, source: list[str]) -> None:
         source[0] += "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""])
 
 
+def keep_bars(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """A bar in a docstring is a norm or a number of elements, never a substitution."""
+    for number, line in enumerate(lines):
+        parts = line.split("``")
+        parts[::2] = [part.replace("|", "\\|") for part in parts[::2]]
+        lines[number] = "``".join(parts)
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_bars)
     app.connect("source-read", add_contents)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from app_page import Page
     from playwright.sync_api import Browser
 
+SHORT = ("--epochs", "1", "--method.min_steps", "0")
+"""Of a lesson."""
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,7 +61,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
         shutil.copytree(
             pictures / name, folder / name, ignore=shutil.ignore_patterns("broken.png", "same.png")
         )
-    words = ["learn", str(model), str(folder), "--name", "ash, beech", "--epochs", "1", "--device", "cpu"]
+    words = ["learn", str(model), str(folder), "--name", "ash, beech", "--device", "cpu", *SHORT]
     assert main(words) == 0
     return model
 
@@ -72,7 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(model: Path, copies: Path) -> Iterator[tuple[str, str]]:
     environment = {"TMPDIR": str(copies), "OMP_NUM_THREADS": "1"}
-    with running_app(model, "--epochs", "1", environment=environment) as (address, token, _):
+    with running_app(model, *SHORT, environment=environment) as (address, token, _):
         yield address, token
 
 

@@ -20,7 +20,7 @@ from duallora.app import example
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 ON = "document.querySelector('.camera-picture').srcObject?.active ?? false"
-ASKED = "**/gradio_api/component_server*"
+ASKED = re.compile("/component_server")
 
 
 def start(page: Page) -> None:
@@ -39,11 +39,11 @@ def test_an_example_is_taught_by_one_press_and_tried_by_another(first_page: Page
     sync_api.expect(page.page.locator("#example")).to_be_hidden()
     assert files_below(copies) == []  # its drawings are gone
     page.page.locator("#now-try").get_by_role("button", name="Try drawing 2").click()
-    page.says("#answer", "Familiarity", "Lesson “example shapes”")
+    page.says("#answer", "Lesson “example shapes”")
     answer = page.page.locator("#answer .answer").inner_text()
     assert re.split(r"[ ,]", answer)[0] in (*example.CLASSES, "unknown")
     page.page.locator("#example-offer").get_by_role("button", name="Try drawing 1").click()
-    page.says("#answer", "Familiarity")
+    page.says("#answer", "Most probable classes")
     page.tab("Teach")
     page.page.get_by_role("button", name="Start again").click()
     page.page.get_by_role("button", name="Yes, take it back").click()
@@ -68,7 +68,7 @@ def test_the_camera_is_answered_live_and_leaves_nothing_on_the_disk(page: Page, 
     start(page)
     page.page.get_by_role("button", name="Keep this picture").click()
     page.says("#camera .camera-said", "stands above")
-    page.says("#answer", "Familiarity")
+    page.says("#answer", "Most probable classes")
     assert page.page.evaluate(ON) is False
 
 
@@ -84,7 +84,7 @@ def test_frames_are_dropped_while_an_answer_is_slow(page: Page) -> None:
     page.page.context.grant_permissions(["camera"])
     page.tab("Try")
     asked: list[sync_api.Route] = []
-    page.page.route(ASKED, asked.append)
+    page.page.route(ASKED, lambda route: asked.append(route))
     start(page)
     page.becomes(lambda: len(asked), 1, "the first frame")
     page.page.wait_for_timeout(1_000)  # several frames long

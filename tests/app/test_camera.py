@@ -24,8 +24,8 @@ from duallora.teaching.model_request import ModelRequest
 @pytest.fixture
 def session(call: Call, tmp_path: Path) -> Iterator[Session]:
     pets = images(tmp_path / "pets", ["cat", "dog"], 6)
-    words = ["learn", tmp_path / "model", pets, "--epochs", 1, "--method.energy_threshold", 0.7]
-    assert call(*words).code == 0
+    words = ["--epochs", 1, "--method.min_steps", 0, "--method.energy_threshold", 0.7]
+    assert call("learn", tmp_path / "model", pets, *words).code == 0
     (tmp_path / "uploads").mkdir()
     request = ModelRequest(MethodChoice("duallora", {}), device="cpu")
     session = Session(tmp_path / "model", request, Uploads(tmp_path / "uploads"))

@@ -31,7 +31,7 @@ def test_its_images_pass_the_check_of_every_lesson(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_learned_it_names_new_drawings(tmp_path: Path) -> None:
-    request = ModelRequest(MethodChoice("duallora", {"epochs": 1}), device="cpu")
+    request = ModelRequest(MethodChoice("duallora", {"epochs": 1, "min_steps": 0}), device="cpu")
     (tmp_path / "uploads").mkdir()
     session = Session(tmp_path / "model", request, Uploads(tmp_path / "uploads"))
     draft = Draft()

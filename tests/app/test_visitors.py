@@ -130,7 +130,7 @@ def test_a_failed_add_can_be_repeated(teach: Teach, uploads: Uploads) -> None:
     picture = sent(uploads, 1)
     for _ in range(2):
         said = added(teach, "", [archive, picture], A)
-        assert len(said) == 9 and "no class name" in said[0]
+        assert len(said) == 10 and "no class name" in said[0]
         assert kept(uploads) == ["1.png", "a.zip"]
     said = added(teach, "ash", [archive, picture], A)
     assert "ash added" in said[0] and "a.zip" not in kept(uploads)

@@ -332,6 +332,13 @@ def test_a_method_without_a_protocol_has_the_values_of_its_paper() -> None:
     assert suite.protocol("inflora").expected["final_accuracy"] == 0.6989
 
 
+def test_a_script_says_what_its_estimate_leaves_out(call: Call) -> None:
+    made = call("reproduce", "--suite", "imagenet-r-10", "--methods", "duallora,tuna", "--script", "slurm")
+    assert "# Counted as plain LoRA, for want of figures: tuna.\n" in made.out
+    assert "passes for an image grow with the tasks: tuna.\n" in made.out
+    assert "#   duallora   3 x " in made.out and "#   tuna       1 x " in made.out
+
+
 def test_the_list_has_every_suite(call: Call) -> None:
     listed = call("reproduce", "--suite", "list")
     assert listed.code == 0 and all(name in listed.out for name in suites())

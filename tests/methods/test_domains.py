@@ -10,6 +10,7 @@ import torch
 from small_tasks import Patterns, assert_same_outputs, assert_same_state, new_learner, reloaded, small_config
 
 from duallora import ContinualLearner
+from duallora.adapters.dual_lora import DualAdapter
 
 DEPTH = 3
 
@@ -149,3 +150,23 @@ def test_what_leads_reads_the_final_feature_alone() -> None:
         learner.learn(task)
     assert leading[0] == [(2, method.backbone.feature_dim), (2,)]
     assert leading[1] == [(2, method.backbone.row_dim), (2,)]
+
+
+@pytest.mark.parametrize(("fields", "moves"), [({}, True), ({"known_domain": 2.0}, False)])
+def test_residual_bases_move_in_the_first_task_of_a_domain_alone(
+    fields: dict[str, Any], moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[int, torch.Tensor]] = []
+    begin = DualAdapter.begin
+
+    def noted(self: DualAdapter, task: int, a: torch.Tensor, psi: torch.Tensor, *rest: Any) -> None:
+        opened.append((task, psi.clone()))
+        begin(self, task, a, psi, *rest)
+
+    monkeypatch.setattr(DualAdapter, "begin", noted)
+    learner = learned(one_domain()[:1], **fields)
+    groups = [group for module in learner.method.adapted.values() for group in module.groups.values()]  # type: ignore[attr-defined]
+    trained = [part.psi for group in groups for part in group.residuals]
+    assert len(trained) == len(opened) > 0
+    for (task, start), end in zip(opened, trained, strict=True):
+        assert task == 0 and torch.equal(start, end) != moves

@@ -67,6 +67,12 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     assert missing_files(page) == ["adapters/gone.py"]
 
 
+@pages
+def test_no_placeholder_is_left(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^[A-Z][A-Z0-9_ ]{2,}$", text, re.MULTILINE) == []
+
+
 def test_the_index_has_every_document() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     others = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 _DECODERS = 2  # processes; each handler of the page decodes one image at a time
 _LAST_STEP = 3  # seconds that the end waits for a lesson
-NOTHING_LEARNED = (
-    "the model has learned nothing yet; teach it something first, or take the example under Teach."
-)
+NOTHING_LEARNED = "the model has learned nothing yet; teach it something first, or the example under Teach."
 
 
 class Session:

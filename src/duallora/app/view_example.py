@@ -101,7 +101,8 @@ class Example:
 
     def _now(self) -> Any:
         """Whether the example is all that the model knows."""
-        return gr.update(visible=[task.name for task in self.session.tasks()] == [example.LESSON])
+        names = [task.name for task in self.session.tasks()]
+        return gr.update(visible=names == [example.LESSON] and knows_example(self.session.classes()))
 
 
 class Offer:

@@ -95,13 +95,13 @@ def run_on(
     config = method.config()
     setting = parallel.first_alone(lambda: load_setting(stream, backbone))  # it may fetch what is not there
     name = method.name or DEFAULT_METHOD
+    asked = setting.asked(name, config, seed)  # as it was asked for: compare takes it for the same run
     learned = setting.stream
     if METHODS[name].method.all_at_once:  # one task, with the steps of all
         learned = all_at_once(learned)
         config = replace(config, min_steps=config.min_steps * len(setting.stream))
     known = None if features is None else FrozenFeatures.load(features, setting.backbone)
 
-    asked = setting.asked(name, config, seed)
     asked |= {} if evaluate_every == 1 else {"evaluate_every": evaluate_every}
     with (log if first else Logging()).recording(out / "logs", asked) as figures:
         progress = Progress(quiet=not first, figures=figures)

@@ -31,6 +31,7 @@ class Plan:
         hours: Of one run of every line, by estimate.
         costs: What the estimate is from.
         guessed: Lines whose method counts as plain LoRA.
+        growing: Lines with ever more passes for an image, which the estimate leaves out.
         bench: The command that measures on one's own machine.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     hours: Mapping[str, float]
     costs: Costs
     guessed: Sequence[str]
+    growing: Sequence[str]
     bench: str
 
     @property
@@ -67,19 +69,23 @@ def plan(
             f"the suite {suite.name} does not say how many images it has, from which time is estimated: "
             "write 'images: {train: N, test: N, tasks: N}' into its file."
         )
+    from duallora.methods import METHODS
+
     costs = counted() if bench is None else measured(bench)
-    hours, guessed = {}, []
+    hours, guessed, growing = {}, [], []
     for line, protocol in lines.items():
         name = str(protocol.method.name)
         hours[line] = _work(protocol, suite.images).seconds(costs) / 3600
         if name not in costs.known:
             guessed.append(line)
+        if METHODS[name].method.more_passes:
+            growing.append(line)
     first = next(iter(lines.values())).backbone.backbone
     methods = ",".join(dict.fromkeys([PLAIN, *(str(p.method.name) for p in lines.values())]))
     words = ["duallora", "bench", "--backbone", first, "--methods", methods, "--tasks", "10", "--batch", "64"]
     words += ["--device", "cuda", "--precision", "bf16-mixed", "--out", "bench-here"]
     own = {line: protocol.seeds if seeds is None else seeds for line, protocol in lines.items()}
-    return Plan(suite.name, own, hours, costs, guessed, shlex.join(words))
+    return Plan(suite.name, own, hours, costs, guessed, growing, shlex.join(words))
 
 
 def slurm_script(made: Plan, command: str, one: str, page: str) -> str:
@@ -150,7 +156,10 @@ def _about(made: Plan, command: str) -> list[str]:
         for line, seeds in sorted(made.seeds.items(), key=lambda item: -made.hours[item[0]])
     ]
     whole = sum(len(seeds) * made.hours[line] for line, seeds in made.seeds.items())
-    guessed = [f"# Counted as plain LoRA, for want of figures: {', '.join(made.guessed)}."]
+    limits = {
+        "Counted as plain LoRA, for want of figures": made.guessed,
+        "More than said, because the passes for an image grow with the tasks": made.growing,
+    }
     told = (
         f"About {whole:.1f} hours for {len(made.runs)} runs on one device. This is an ESTIMATE, without the "
         f"decoding of images, compilation and waiting. It is from {made.costs.source}."
@@ -160,7 +169,7 @@ def _about(made: Plan, command: str) -> list[str]:
         "#",
         *textwrap.wrap(told, 100, initial_indent="# ", subsequent_indent="# "),
         *rows,
-        *(guessed if made.guessed else []),
+        *(f"# {what}: {', '.join(lines)}." for what, lines in limits.items() if lines),
         "# From a measurement of your machine instead, with --bench bench-here after:",
         f"#   {made.bench}",
     ]

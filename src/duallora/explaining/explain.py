@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from duallora.backbones.backbone import Backbone
     from duallora.learner import ContinualLearner
 
+_HOTTEST = 0.95  # share of the patches below the heat 1
+
 METHOD = "gradient-weighted attention (Chefer, Gur and Wolf 2021, arXiv 2103.15679)"
 
 
@@ -35,7 +37,8 @@ class Explanation:
         task: the lesson that the image is nearest to.
         task_confidence: its probability.
         task_classes: the classes that this lesson taught.
-        heat: (rows, columns) of patches, in [0, 1]: 1 where most speaks for the class, 0 where least does.
+        heat: (rows, columns) of patches, in [0, 1]: 1 at the twentieth that speaks most for the class, 0
+            where least does.
         overlay: the part of the image that the model sees, with the heat drawn over it.
     """
 
@@ -111,8 +114,9 @@ def _heat(tokens: Tensor, backbone: Backbone) -> Tensor:
     """Relevance of the patches (rows, columns), from 0 to 1, from that of all tokens (N,)."""
     rows, columns = backbone.grid
     patches = tokens[backbone.num_prefix_tokens :][: rows * columns].reshape(rows, columns)
-    span = patches.max() - patches.min()
-    return (patches - patches.min()) / span if span > 0 else torch.zeros_like(patches)
+    # One patch is often far above all others; what the next ones say would be lost beside it.
+    span = patches.quantile(_HOTTEST) - patches.min()
+    return ((patches - patches.min()) / span).clamp(max=1) if span > 0 else torch.zeros_like(patches)
 
 
 def _whole(box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:

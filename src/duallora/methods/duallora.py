@@ -166,22 +166,21 @@ class DualLoRA(Method):
             "own": lambda: own_directions(moment, a),
             "none": lambda: free[:, :0],
         }
-        if self._by_domain and config.residual == "own":
-            # No other domain sees what R learns: it takes the strongest directions, and O what is left.
+        moves = self._by_domain and config.residual == "own"
+        if moves:
+            # No other domain sees what R learns: it starts in the strongest directions, O takes what is left.
             psi = own_directions(moment, free[:, :0])[:, : config.residual_rank]
             a = own_directions(moment, torch.cat([subspace.phi, psi], 1))[:, : config.rank]
         else:
             psi = candidates[config.residual]()[:, : config.residual_rank]
         if config.rank and not a.shape[1]:
             warnings.warn(
-                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; "
-                f"the orthogonal adapter learns nothing there in {task.name!r}. A lower energy_threshold "
-                "leaves more room.",
+                f"layer {place[0]} ({place[1]}): no direction is left outside the earlier tasks' subspace; O "
+                f"learns nothing there in {task.name!r}. A lower energy_threshold leaves more room.",
                 stacklevel=2,
             )
-        moves = self._by_domain and config.residual == "own"  # no other domain reads it: it may go anywhere
-        scales = (DESIGNED_SCALE, DESIGNED_SCALE if moves else 1.0)
-        a, psi = (scale * x.float().to(self.device) for scale, x in zip(scales, (a, psi), strict=True))
+        starts = (a * DESIGNED_SCALE, psi * DESIGNED_SCALE if moves else psi)
+        a, psi = (basis.float().to(self.device) for basis in starts)
         self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, moves)
 
     # -- during the task -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from command_line import Call, assert_refused, on_disk
 from compare_tools import (
+    BUDGET,
     SMALL,
     Started,
     comparable,
@@ -87,6 +88,17 @@ def test_the_page_says_what_room_there_is_and_how_lines_differ(call: Call, finis
     for line in found["lines"]:  # bits that a run kept give the accuracy that it reports
         run = read(out / "runs" / f"{line['name']}-0" / "results.json")
         assert unpacked(run) is not None
+
+
+def test_joint_training_with_the_steps_of_all_tasks_is_the_run_that_was_asked_for(
+    call: Call, tmp_path: Path
+) -> None:
+    words = ["compare", "--methods", "joint", "--out", tmp_path / "out", *SMALL, *BUDGET]
+    assert call(*words, "--method.min_steps", 2).code == 0
+    results = read(tmp_path / "out" / "runs" / "joint-0" / "results.json")
+    assert results["config"]["method"]["min_steps"] == 2
+    model = read(tmp_path / "out" / "runs" / "joint-0" / "model" / "model.json")
+    assert model["config"]["min_steps"] == 4  # of two tasks
 
 
 @pytest.mark.parametrize("name", ["lora-x", "joint"])
