@@ -21,7 +21,7 @@ from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.drift import associative_drift
 from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
-from duallora.methods.sldc import symmetric_cross_entropy
+from duallora.methods.sldc import symmetric_losses
 
 _OLD = 0.1  # share of a row that no compensation moves, as released
 
@@ -92,7 +92,7 @@ class LRRGDA(Method):
     def loss(self, batch: Batch) -> Tensor:
         """Symmetric cross-entropy on the current head."""
         logits = self.current_logits(batch.images)
-        return self.class_loss.mean(symmetric_cross_entropy(logits, batch.labels), batch.labels)
+        return self.class_loss.mean(symmetric_losses(logits, batch.labels), batch.labels)
 
     @torch.no_grad()
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
