@@ -403,7 +403,7 @@ def test_a_full_disk(
 def test_ctrl_c(
     call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ContinualLearner, moment, interrupt)

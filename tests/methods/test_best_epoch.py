@@ -42,34 +42,26 @@ def test_it_looks_at_most_ten_times_and_after_the_last_epoch(epochs):
     assert looks[-1] == epochs and min(epochs, 5) <= len(looks) <= 10
 
 
-def spoiled(monkeypatch, after):
-    """Trained parameters are noted after each epoch, and those after epoch ``after`` are made worthless."""
-    seen = []
-    real = training._Judge.right
-
-    def right(judge, method):
-        parameters = [p for group in method.parameter_groups() for p in group["params"] if p.requires_grad]
-        if len(seen) >= after:
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.copy_(torch.randn_like(parameter) * 10)
-        seen.append([p.detach().clone() for p in parameters])
-        return real(judge, method)
-
-    monkeypatch.setattr(training._Judge, "right", right)
-    return seen
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_where_later_epochs_are_worse_an_earlier_one_is_kept(name, monkeypatch):
+    """So many images are said to be right after each epoch, and the parameters are noted there."""
     learner = new_learner(small_config(name, epochs=4))
-    seen = spoiled(monkeypatch, after=2)
-    restored = []
+    rights, seen, restored, real_right = iter([5, 20, 3, 4]), [], [], training._Judge.right
+
+    def trained():
+        groups = learner.method.parameter_groups()
+        return [p.detach().clone() for group in groups for p in group["params"] if p.requires_grad]
+
+    def right(judge, method):
+        real_right(judge, method)
+        seen.append(trained())
+        return next(rights)
+
+    monkeypatch.setattr(training._Judge, "right", right)
     real = learner.method.consolidate
 
     def consolidate(task, loader):
-        groups = learner.method.parameter_groups()
-        restored.extend(p.detach().clone() for group in groups for p in group["params"] if p.requires_grad)
+        restored.extend(trained())
         real(task, loader)
 
     monkeypatch.setattr(learner.method, "consolidate", consolidate)
@@ -78,10 +70,27 @@ def test_where_later_epochs_are_worse_an_earlier_one_is_kept(name, monkeypatch):
     if not record.trainable_parameters:
         assert (record.epochs, record.kept_epoch, record.kept_accuracy, record.kept_images) == (0, 0, None, 0)
         return
-    assert record.epochs == 4 and record.kept_epoch in (1, 2)
-    assert record.kept_images == 30  # gnu is of another task
-    assert record.kept_accuracy > 0.4
-    assert all(torch.equal(a, b) for a, b in zip(restored, seen[record.kept_epoch - 1], strict=True))
+    assert (record.epochs, record.kept_epoch) == (4, 2)
+    assert (record.kept_accuracy, record.kept_images) == (20 / 30, 30)  # gnu is of another task
+    assert all(torch.equal(a, b) for a, b in zip(restored, seen[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(restored, seen[3], strict=True))
+
+
+def test_the_images_right_are_counted_by_the_head_that_is_trained(monkeypatch):
+    learner, found = new_learner(small_config("lora")), []
+    held = Patterns(["dog", "elk", "cat"], 4, seed=50)
+    real = training._Judge.right
+
+    def right(judge, method):
+        images = torch.stack([learner.preprocess(image) for image in held.images])
+        labels = torch.tensor([["cat", "dog", "elk"].index(held.classes[t]) for t in held.targets])
+        logits = method.heads.tasks[-1](method.final(method.features(images)))
+        found.append((int((logits.argmax(1) == labels).sum()), real(judge, method)))
+        return found[-1][1]
+
+    monkeypatch.setattr(training._Judge, "right", right)
+    record = learner.learn(three_tasks()[1], held_back=held)
+    assert found[0][0] == found[0][1] == round(record.kept_accuracy * 12)
 
 
 def test_looking_changes_nothing_where_the_last_epoch_is_kept():

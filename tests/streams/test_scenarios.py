@@ -245,8 +245,8 @@ class TestDomains:
         rows += [("c.png", "bee", "test", "one"), ("d.png", "bee", "train", "two")]
         rows += [("e.png", "bee", "test", "two"), ("f.png", "ant", "test", "two")]
         table = write_table(tmp_path / "t.csv", ("path", "label", "split", "domain"), rows)
-        for name, *_ in rows:
-            save(tmp_path / name, 0)
+        for name, label, *_ in rows:
+            save(tmp_path / name, label == "bee")
         one, two = streams.load(str(table), order="alphabetical")
         assert one.test.identifiers == ["b.png"]
         assert two.train.classes == ["bee"]

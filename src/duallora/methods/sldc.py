@@ -154,7 +154,7 @@ class SLDC(Method):
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean () of :func:`symmetric_losses`."""
+    """Mean () of ``symmetric_losses``."""
     return symmetric_losses(logits, labels).mean()
 
 
