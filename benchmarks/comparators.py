@@ -9,7 +9,9 @@ PART is one of
   the map of the last task, and how far the means that both nonlinear maps give lie apart, over how far they
   moved;
 - heads: SLCA and SLDC refitted from the trained heads (released), and from those of the last refit;
-- sd-lora: magnitudes kept and reset, and how many pairs a reset makes larger.
+- sd-lora: magnitudes kept and reset, and how many pairs a reset makes larger;
+- mos: adapters merged once a step (the paper), and in every layer of every pass (released);
+- tuna: the universal adapter's answer (the paper), and the newest task's in its place (a public port).
 
 Images are 8x8 pixels, so the backbone gets 32x32. Final accuracy over all classes in percent, by the heads.
 """
@@ -31,6 +33,7 @@ from duallora.classifiers.alignment import Gaussians
 from duallora.methods.drift import WeaklyNonlinear, weakly_nonlinear_map
 from duallora.methods.sd_lora import SDLoRA
 from duallora.methods.sldc import SLDC
+from duallora.methods.tuna import WithUniversal
 from duallora.streams.digits import digits
 from duallora.streams.task import concatenated
 
@@ -127,9 +130,27 @@ def sd_lora(seed: int, per_class: int) -> Iterator[tuple[str, float]]:
         yield f"median factor, {named}", float(factors.median())
 
 
+def mos(seed: int, per_class: int) -> Iterator[tuple[str, float]]:
+    """How often adapters are merged."""
+    for repeated in (False, True):
+        yield (
+            f"merged {'in every pass' if repeated else 'once a step'}",
+            final("mos", seed, per_class, repeated_merge=repeated),
+        )
+
+
+def tuna(seed: int, per_class: int) -> Iterator[tuple[str, float]]:
+    """What stands in the place of the universal adapter."""
+    yield "the universal adapter", final("tuna", seed, per_class)
+    merge = WithUniversal.merge
+    WithUniversal.merge = lambda self, tasks: merge(self, tasks[-1:])  # type: ignore[method-assign]
+    yield "the newest task's adapter", final("tuna", seed, per_class)
+    WithUniversal.merge = merge  # type: ignore[method-assign]
+
+
 def main(words: list[str]) -> None:
     """Prints mean and sample standard deviation over the seeds."""
-    parts = {"schedule": schedule, "sldc": sldc, "heads": heads, "sd-lora": sd_lora}
+    parts = {"schedule": schedule, "sldc": sldc, "heads": heads, "sd-lora": sd_lora, "mos": mos, "tuna": tuna}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -106,6 +106,21 @@ def test_a_program_that_has_gone_is_said(page: Page) -> None:
     assert page.page.evaluate(ON) is False
 
 
+def test_images_are_dropped_into_the_field(page: Page) -> None:
+    dropped = """() => {
+      const given = new DataTransfer();
+      for (const name of ["a.png", "b.png", ".hidden"]) given.items.add(new File(["no image"], name));
+      return given;
+    }"""
+    handle = page.page.evaluate_handle(dropped)
+    page.page.locator("#class-images .drop").dispatch_event("drop", {"dataTransfer": handle})
+    page.says("#class-images .field-said", "2 files ready: a.png, b.png.")
+    page.page.get_by_label("Class name").fill("dropped")
+    page.page.get_by_role("button", name="Add class").click()
+    page.says("#check", "dropped", "2 unreadable", "2 files cannot be read")
+    sync_api.expect(page.page.locator("#class-images .field-said")).to_have_text("")
+
+
 def test_reading_images_says_how_far_it_is(page: Page, pictures: Path) -> None:
     shown = threading.Event()
     page.page.expose_function("seen", shown.set)

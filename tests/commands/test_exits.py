@@ -58,7 +58,7 @@ def test_a_warning_of_the_package_is_one_plain_line(
 
 
 def test_an_exhausted_complement_is_said_in_plain_lines(call: Call, pets: Path, tmp_path: Path) -> None:
-    words = ["--epochs", 1, "--method.energy_threshold", 1]
+    words = ["--epochs", 1, "--method.energy_threshold", 1, "--method.residual", "none"]
     said = ""
     for number in range(1, 4):
         called = call("learn", tmp_path / "model", pets, "--name", number, *words)

@@ -161,9 +161,9 @@ def test_the_task_alone_is_trained_as_asked(
     seen: dict[str, Any] = {}
     real = ContinualLearner.learn
 
-    def spy(self: ContinualLearner, *args: Any, **more: Any) -> Any:
+    def spy(self: ContinualLearner, *args: Any, **named: Any) -> Any:
         seen.update(epochs=self.method.config.epochs, seed=self.method.seed, augment=self.augment)
-        return real(self, *args, **more)
+        return real(self, *args, **named)
 
     monkeypatch.setattr(ContinualLearner, "learn", spy)
     stored = json.loads(call("inspect", model, "--json").out)

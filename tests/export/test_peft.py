@@ -55,7 +55,7 @@ def assert_same(found: Tensor, wanted: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
 
 
-ORTHOGONAL = DualLoRAConfig(rank=4, residual="none")
+ORTHOGONAL = DualLoRAConfig(rank=4, residual="none", projections="qkv")
 OFF = DualLoRAConfig(rank=4, residual="own", residual_rank=3, gate="off")
 
 
@@ -161,6 +161,7 @@ def test_a_hugging_face_model_takes_it(kind: str, tmp_path: Path, monkeypatch: p
     learner = simulated_learner(backbone, ORTHOGONAL, tasks=2, classes=2)
     done = to_peft(learner, tmp_path / "lora", 0.0)
     assert len(done.ranks) == 2 * 3, "q, k and v apart, in the two layers that are adapted"
+    assert set(done.ranks.values()) == {8}, "two tasks of rank 4"
     images = tiny_images(3)
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(plain, str(tmp_path / "lora"))(images).last_hidden_state[:, 0]

@@ -54,7 +54,7 @@ class Terminal:
         if words[0] == "duallora":
             printed = self._serve(words) if words[1] == "serve" else self._duallora(words[1:])
         elif line == "echo $?":
-            printed = str(self.code)
+            printed, self.code = str(self.code), 0
         elif words[0] == "python":
             printed = self._python(words[1:])
         else:
@@ -76,7 +76,7 @@ class Terminal:
 
     def _python(self, words: list[str]) -> str:
         script, *rest = words
-        printed, before = io.StringIO(), sys.argv
+        printed, before, self.code = io.StringIO(), sys.argv, 0
         sys.argv = [script, *self.change(rest)]
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -93,6 +93,7 @@ class Terminal:
         assert self.server.stdout is not None
         said = self.server.stdout.readline()
         (self.address,) = re.findall(r"127\.0\.0\.1:\d+", said)
+        self.code = 0
         return said
 
     def _other(self, words: list[str]) -> str:

@@ -99,3 +99,8 @@ def test_the_newest_head_is_trained_again_on_the_merged_backbone() -> None:
         for n in (0, 8)
     ]
     assert float((weights[0] - weights[1]).abs().max()) > 1e-3
+
+
+def test_the_size_of_its_batches_may_be_left_to_the_machine() -> None:
+    whole, auto = (started("duct", 1, batch_size=size).method.state() for size in (32, "auto"))
+    assert all(torch.equal(auto[key], x) for key, x in whole.items())

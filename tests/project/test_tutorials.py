@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,20 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Termin
 
 
 def follow(page: Path, terminal: Terminal) -> list[Block]:
-    """Does what a page says and returns its blocks; a line of output that does not come is an error."""
+    """Does what a page says and returns its blocks.
+
+    It is an error when a line of output does not come, or when a command fails and the page does not ask for
+    its exit code with ``echo $?``.
+    """
     for block in blocks(page):
         if block.language == "python":
             run_python(block, page)
-        for line, expected in commands(block) if block.language == "console" else ():
+        asked = list(commands(block)) if block.language == "console" else []
+        for number, (line, expected) in enumerate(asked):
             printed = terminal.run(line)
             assert missing(expected, printed) == [], f"$ {line}\n{printed}"
+            told = any(later == "echo $?" for later, _ in asked[number:])
+            assert told or terminal.code == 0, f"$ {line}\n{printed}"
     return blocks(page)
 
 
@@ -72,7 +79,7 @@ def test_the_tutorial_for_research(terminal: Terminal, monkeypatch: pytest.Monke
     assert Path("runs/compared/runs/frozen-1/results.json").exists()
 
 
-def in_process(jobs: Sequence[Job], at_once: int, tell: Callable[[str], None]) -> list[Job]:
+def in_process(jobs: Sequence[Job], *_: object) -> list[Job]:
     """Stands for the processes that `compare` starts; gives the jobs that failed."""
     return [job for job in jobs if main(list(job.words)) != 0]
 

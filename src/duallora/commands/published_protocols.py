@@ -85,7 +85,7 @@ def as_protocol(name: str, content: Mapping[str, Any]) -> Protocol:
     seeds, expected = tuple(given.pop("seeds")), given.pop("expected", {})
     check_expected(name, expected)
     by_seed = ordering(given)
-    method = dict(given.pop("method"))
+    method: dict[str, Any] = dict(given.pop("method"))
     if "epochs" in method:  # who names epochs means just these
         method = {"min_steps": 0} | method
     groups = []

@@ -16,9 +16,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.lora import Beside
 from duallora.adapters.wrapped_qkv import WrappedQKV
 from duallora.backbones.projections import made_from, projection_names
 from duallora.errors import DualLoRAError
@@ -64,8 +65,8 @@ def to_peft(learner: ContinualLearner, folder: Path, error: float, task: str | N
         raise DualLoRAError(f"{folder} is there already; name a new folder for the adapter.")
     kept, gate = _kept_residuals(learner, task)
     info, tensors, ranks, worst = learner.backbone.info, dict[str, Tensor](), dict[str, int](), 0.0
-    for layer, plain in sorted(learner.backbone.plain_qkv.items()):
-        update = _fixed_weight(learner, layer, kept) - plain.weight.detach().double()
+    for layer in sorted(learner.backbone.plain_qkv):
+        update = _fixed_update(learner, layer, kept)
         names = projection_names(info, layer)
         for name, part in zip(names, update.chunk(len(names)), strict=True):
             if not bool(part.any()):
@@ -97,7 +98,7 @@ def least_rank(update: Tensor, error: float) -> tuple[Tensor, Tensor, float]:
     u, s, v = torch.linalg.svd(update.double(), full_matrices=False)
     whole = s.square().sum()
     left = (whole - s.square().cumsum(0)).clamp(min=0) / whole  # squared error after 1, 2, ... directions
-    within = (left.sqrt() <= max(error, 1e-7)).nonzero()  # fp32 does not hold more
+    within = (left.sqrt() <= max(error, 1e-6)).nonzero()  # the update itself is in fp32
     rank = int(within[0]) + 1 if len(within) else len(s)
     root = s[:rank].sqrt()
     a, b = (root[:, None] * v[:rank]).float().contiguous(), (u[:, :rank] * root).float().contiguous()
@@ -137,26 +138,37 @@ def _kept_residuals(learner: ContinualLearner, task: str | None) -> tuple[set[in
     )
 
 
-def _fixed_weight(learner: ContinualLearner, layer: int, kept: set[int]) -> Tensor:
-    """Effective weight (3 d_out, d) of a layer in fp64, with the residual adapters of some tasks."""
+def _fixed_update(learner: ContinualLearner, layer: int, kept: set[int]) -> Tensor:
+    """What is added to a layer's weight (3 d_out, d), fp64, with the residual adapters of some tasks."""
     wrapper = learner.backbone.attention(layer).get_submodule("qkv")
-    merged = isinstance(wrapper, AdaptedQKV) or (
-        isinstance(wrapper, WrappedQKV) and getattr(wrapper, "delta_weight", lambda: None)() is not None
-    )
-    if not merged or not isinstance(wrapper, WrappedQKV):
+    updates = _updates(wrapper, kept)
+    if updates is None or not isinstance(wrapper, WrappedQKV):
         raise DualLoRAError(
             f"what the method {learner.method_name} adds is no matrix beside a weight but depends on the "
             "image, so it is no LoRA; export as torch-export or onnx."
         )
-    weight = wrapper.weight.detach().double().clone()
-    groups = wrapper.groups if isinstance(wrapper, AdaptedQKV) else {}
-    for name, group in groups.items():
-        for part in group.residuals:
-            if part.task in kept:
-                update = (part.psi.double() @ part.c.double()).T
-                for rows, own in zip(wrapper.slices(name), update.split(wrapper.width), strict=True):
-                    weight[rows] += own
-    return weight
+    whole = torch.zeros_like(wrapper.base.weight, dtype=torch.float64)
+    for name, update in updates:
+        for rows, own in zip(wrapper.slices(name), update.T.split(wrapper.width), strict=True):
+            whole[rows] += own
+    return whole
+
+
+def _updates(wrapper: nn.Module, kept: set[int]) -> list[tuple[str, Tensor]] | None:
+    """Matrices (d, out) in fp64 and the projections they are added to; None where an update is no matrix."""
+    if isinstance(wrapper, Beside):
+        delta = wrapper.delta_weight()
+        return None if delta is None else [(wrapper.projections, delta.double())]
+    if not isinstance(wrapper, AdaptedQKV):
+        return None
+    found = []
+    for name, group in wrapper.groups.items():
+        merged = group.delta_weight()
+        found += [] if merged is None else [(name, merged.double())]
+        found += [
+            (name, part.psi.double() @ part.c.double()) for part in group.residuals if part.task in kept
+        ]
+    return found
 
 
 def _write(folder: Path, learner: ContinualLearner, tensors: Mapping[str, Tensor], done: PeftExport) -> None:

@@ -166,7 +166,7 @@ class DUCT(Method):
         )
         for _ in range(config.refit_epochs):
             order = torch.randperm(len(labels), generator=generator).to(labels.device)
-            for some in order.split(config.batch_size):
+            for some in order.split(config.step_images):
                 sgd.zero_grad()
                 cosine = cosines(features[some], trained)
                 F.cross_entropy(config.cosine_scale * cosine, labels[some]).backward()

@@ -61,9 +61,11 @@ if (zone) {
   zone.addEventListener("dragleave", (event) => over(event, false));
   zone.addEventListener("drop", async (event) => {
     over(event, false);
+    // Both are gone once the event is over. What does not come from a folder of the disk has no entries.
     const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+    const loose = [...event.dataTransfer.files].map((file) => ({ file, name: file.name }));
     try {
-      take((await Promise.all(entries.map(inside))).flat());
+      take(entries.length ? (await Promise.all(entries.map(inside))).flat() : loose);
     } catch (error) {
       empty("The browser could not read what was dropped; choose it instead.");
     }
