@@ -69,11 +69,11 @@ def test_the_documentation_names_every_stream() -> None:
 def test_the_table_of_the_documentation_is_read(tmp_path: Path) -> None:
     from duallora.streams import load
 
-    found = re.search(r"```csv\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(r"```text\n(path,label.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     header, *rows = [line.split(",") for line in found[1].splitlines()]
-    for path, *_ in rows:
-        save(tmp_path / path, 0)
+    for number, (path, *_) in enumerate(rows):
+        save(tmp_path / path, number)
     stream = load(str(write_table(tmp_path / "tools.csv", header, rows)))
     assert [task.name for task in stream] == ["workshop", "kitchen"]
     assert sum(counts(stream)) == len(rows)

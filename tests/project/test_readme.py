@@ -47,6 +47,8 @@ def words_of(line: str) -> list[str]:
     assert name == "duallora", line
     if words[0] == "bench":
         return [*words, "--tasks", "1", "--batch", "1", "--images", "4", "--repeats", "1"]
+    if words[0] == "learn":
+        return words if "--epochs" in words else words + SMALLER
     if words[0] not in ("run", "compare"):
         return words
     return words + (SMALLER if "--stream" in words else SMALLER_DIGITS)
@@ -73,6 +75,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("duallora.runs.results._SPEED_IMAGES", 8)
     monkeypatch.setattr("duallora.runs.results._SPEED_REPEATS", 1)
+    monkeypatch.setattr("duallora.training.epochs_for", lambda *given: 1)
     rng = np.random.default_rng(0)
     for photo in ("photo.jpg", "holiday/1.jpg", "holiday/2.jpg"):
         write_image(Path(photo), np.array([15.0, 15.0, 15.0]), rng)
