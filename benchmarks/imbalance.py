@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from duallora.runtime.compute import Compute
 from duallora.storage.atomic import write_atomic
 from duallora.streams import FolderDataset, all_at_once, digits
 from duallora.streams.task import TaskDataset, as_task_dataset, positions_by_class
+from duallora.teaching.training_images import present
 
 CLASSES, TASKS, TESTED = 10, 2, 20
 COUNTS = [round(60 * (6 / 60) ** (place / 4)) for place in range(5)]  # 60, 34, 19, 11, 6
@@ -50,8 +52,8 @@ def parts(data: TaskDataset, seed: int) -> tuple[list[TaskDataset], list[TaskDat
         for count, own in zip(COUNTS, chosen[task::TASKS], strict=True):
             taken += list(own[:count])
             tested += list(own[-TESTED:])
-        learned.append(data.subset(taken))
-        asked.append(data.subset(tested))
+        learned.append(present(data.subset(taken)))
+        asked.append(present(data.subset(tested)))
     return learned, asked
 
 
@@ -71,14 +73,12 @@ def measured(name: str, weights: str, seed: int, data: TaskDataset) -> dict[str,
         for task, tested in zip(learned, asked, strict=True):
             outputs = learner.outputs(tested)
             answers = best(class_probabilities(outputs, readout))[1].tolist()
-            names = [learner.classes[answer] for answer in answers]
-            own = list(dict.fromkeys(task.targets))
-            true = [data.classes[target] for target in tested.targets]
+            true = [tested.classes[target] for target in tested.targets]
+            right = [learner.classes[a] == name for a, name in zip(answers, true, strict=True)]
+            counts = Counter(task.classes[target] for target in task.targets)
+            named = [name for name, _ in counts.most_common()]  # the rarest last
             recalls.append(
-                [
-                    sum(n == t for n, t in zip(names, true, strict=True) if t == data.classes[c]) / TESTED
-                    for c in own
-                ]
+                [sum(r for r, t in zip(right, true, strict=True) if t == n) / TESTED for n in named]
             )
         found[readout] = sum(map(sum, recalls)) / CLASSES
         found[f"{readout}, rarest"] = sum(each for task in recalls for each in task[-2:]) / (2 * TASKS)

@@ -30,7 +30,8 @@ from duallora.teaching.take_back import relearned
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 
-MIXED = ("mos", "tuna")  # the answer is the mean of two, each with the class or without it
+# The answer is the mean of two, each with the class or without it; or the class leaves a covariance of all.
+MIXED = ("mos", "tuna", "lr-rgda")
 SEVERAL = [name for name in METHODS if not METHODS[name].method.all_at_once]
 MORE = Patterns(["hen", "ibex"], 6, 7)
 

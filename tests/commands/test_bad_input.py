@@ -14,7 +14,7 @@ import pytest
 from command_line import Call, assert_refused, caller, images, on_disk, use_tiny_backbone
 from PIL import Image
 
-from duallora import ContinualLearner, DualLoRAError
+from duallora import ContinualLearner
 from duallora.storage import checkpoint
 
 
@@ -48,23 +48,6 @@ Refused = Callable[..., None]
 
 
 # -- folders ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "line", ["evaluate \0 pets", "inspect mo\0del", "predict model a\0.png", "run --out \0 --stream pets"]
-)
-def test_a_nul_character_in_an_argument(model: Path, refused: Refused, line: str) -> None:
-    refused(line, "NUL character", "leave it out")
-
-
-def test_a_nul_character_in_a_configuration(tmp_path: Path, model: Path, refused: Refused) -> None:
-    (tmp_path / "c.yaml").write_text('stream: "pe\\0ts"\n')
-    refused("run --out new --config c.yaml", "NUL character", "--config")
-
-
-def test_a_nul_character_in_a_path_of_python(tmp_path: Path) -> None:
-    with pytest.raises(DualLoRAError, match="NUL character"):
-        ContinualLearner.load(tmp_path / "mo\0del", device="cpu")
 
 
 @pytest.mark.parametrize(

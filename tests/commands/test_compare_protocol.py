@@ -44,14 +44,14 @@ def told(names: Sequence[str], same_budget: bool) -> list[str]:
 def test_one_budget_says_what_of_it_a_method_has() -> None:
     names = ["duallora", "lora", "duallora-paper", "l2p", "slca", "frozen", "ncm", "ranpac"]
     found = told(names, same_budget=True)
-    steps = "4 epochs, batches of 32, Adam, cosine to zero"
+    steps = "4 epochs, at least 100 steps, batches of 32, Adam, cosine to zero"
     # Heads that begin as classifiers of their rows go on at a fifth of the rate.
     assert found[0] == (
         f"training: {steps}, heads at 0.001 (duallora, duallora-paper, frozen); "
         f"{steps}, heads at 0.005 (lora, l2p, slca)"
     )
     assert found[1] == (
-        "beside the heads: what is adapted at 0.002, rank 20 + 48, layers from 1 on (duallora); "
+        "beside the heads: what is adapted at 0.002, rank 20 + 20, layers from 1 on (duallora); "
         "what is adapted at 0.002, rank 20, layers from 1 on (lora); "
         "what is adapted at 0.002, rank 10 + 10, layers from 1 on (duallora-paper); "
         "what is adapted at 0.002 (l2p); the whole backbone at 5e-05 (slca); nothing (frozen)"
@@ -75,8 +75,8 @@ def test_the_values_of_papers_are_told_line_by_line() -> None:
         "training: 50 epochs, batches of 128, SGD, a tenth of the rate in the last fifth, "
         "weight decay 0.0005, heads at 0.01 (slca); "
         "20 epochs, batches of 128, SGD, constant rates, heads at 0.008 (sd-lora); "
-        "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.005 (lora); "
-        "4 epochs, batches of 32, Adam, cosine to zero, heads at 0.001 (joint)"
+        "4 epochs, at least 100 steps, batches of 32, Adam, cosine to zero, heads at 0.005 (lora); "
+        "4 epochs, at least 100 steps, batches of 32, Adam, cosine to zero, heads at 0.001 (joint)"
     )
     assert found[1] == (
         "beside the heads: the whole backbone at 0.0001 (slca); "

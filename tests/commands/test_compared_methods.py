@@ -137,6 +137,7 @@ def test_the_same_budget_takes_how_long_how_fast_and_how_large_from_a_file(tmp_p
         "weight_decay": 0.1,
         "min_steps": 7,
         "first_epochs": 2,
+        "class_weights": "balanced",
     }
     budget = {**own, "first_adapted_layer": 0}
     file = written(tmp_path, "mine.yaml", {"name": "lora", **budget, **kept})

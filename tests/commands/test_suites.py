@@ -54,9 +54,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> Started:
 
 def words(folder: Path, *more: object) -> list[str]:
     given = [
-        "reproduce",
-        "--suite",
-        folder / "small.yaml",
+        *("reproduce", "--suite", folder / "small.yaml"),
         "--data",
         folder / "data",
         "--out",

@@ -86,7 +86,20 @@ def test_a_file_says_what_predict_says(
 
 
 @pytest.mark.parametrize(
-    "name", ["duallora", "inflora", "cl-lora", "mos", "tuna", "l2p", "dualprompt", "ranpac", "lora"]
+    "name",
+    [
+        "duallora",
+        "inflora",
+        "cl-lora",
+        "mos",
+        "tuna",
+        "ssiat",
+        "lr-rgda",
+        "l2p",
+        "dualprompt",
+        "ranpac",
+        "lora",
+    ],
 )
 def test_other_methods_can_be_exported(name: str, tmp_path: Path) -> None:
     """And the default of ``duallora``, without a residual adapter."""

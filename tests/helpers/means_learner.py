@@ -38,6 +38,7 @@ class MeansLearner:
         self.means += [pixels[targets == k].mean(0) for k in range(len(dataset.classes))]
         classes = tuple(dataset.classes)
         self._add(TaskRecord(name, classes, "now", len(dataset), 0.5, 0.5, 0.5, 7, 8, 0.1, None))
+        return self.tasks[-1]
 
     def _add(self, record):
         self.tasks.append(record)

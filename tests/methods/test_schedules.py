@@ -73,6 +73,7 @@ def test_the_threshold_of_sora_has_the_rate_of_the_step(schedule: Any) -> None:
     config = small_config("sora", schedule=schedule, epochs=5, sparsity=2.0)
     assert isinstance(config, SoRAConfig)
     method: Any = new_learner(config).method
+    method.epochs = 5
     steps = method.steps = 5 * PER_EPOCH
     shares = [(step + 1) / steps * rate for step, rate in enumerate(rates(schedule, 5))]
     expected = [2.0 * config.learning_rate * share for share in shares]

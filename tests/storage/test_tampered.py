@@ -84,7 +84,7 @@ EDITS: dict[str, Edit] = {
     "a task too many in the gate": of_tensor("gate.1.rows.task", first(7)),
     "a huge task of a fit": renamed("rows.fit.0", f"rows.fit.{HUGE}"),
     "a huge task of a residual adapter": renamed("residual.0.c", f"residual.{HUGE}.c"),
-    "a huge layer": renamed("layers.1.qkv.phi", f"layers.{HUGE}.qkv.phi"),
+    "a huge layer": renamed("layers.1.kv.phi", f"layers.{HUGE}.kv.phi"),
     "rows of another width": of_tensor("rows.mean", lambda x: x[:, :-1]),
     "rows in three dimensions": of_tensor("rows.mean", lambda x: x[None]),
     "a covariance that is no square": of_tensor("rows.scatter", lambda x: x[:-1]),
