@@ -18,7 +18,7 @@ from duallora.methods import BatchOutputs, Method
 CHANGES: dict[str, dict[str, Any]] = {
     "duallora": {"residual": "own", "relevance": "energy", "calibration": "task", "gate": "first"}
 }
-ONE_BY_ONE = ("slca",)  # passes wait for one another
+ONE_BY_ONE = ("slca", "duct")  # passes wait for one another
 NAMES = [name for name in METHODS if not METHODS[name].method.all_at_once]
 LONG = 300.0  # seconds after which a thread that never comes is given up
 
