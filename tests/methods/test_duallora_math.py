@@ -31,6 +31,8 @@ from duallora.data.transforms import evaluation_transform
 from duallora.methods import BatchOutputs
 from duallora.methods.duallora import DualLoRA
 
+pytestmark = pytest.mark.slow
+
 # -- the network ---------------------------------------------------------------------------------------------
 
 

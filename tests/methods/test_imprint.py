@@ -14,6 +14,8 @@ from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
 from duallora.methods import TaskInfo
 from duallora.methods.interface import Batch
 
+pytestmark = pytest.mark.slow
+
 DIM, CPU = 6, torch.device("cpu")
 IMPRINTED = ("duallora", "frozen")
 

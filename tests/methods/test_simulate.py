@@ -12,7 +12,7 @@ from tiny import tiny_backbone, tiny_images
 from duallora import METHODS
 from duallora.bench.synthetic import simulated_learner
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -15,6 +15,8 @@ from tiny import tiny_backbone, tiny_images
 from duallora import METHODS, ContinualLearner
 from duallora.methods import BatchOutputs, Method
 
+pytestmark = pytest.mark.slow
+
 CHANGES: dict[str, dict[str, Any]] = {
     "duallora": {"residual": "own", "relevance": "energy", "calibration": "task", "gate": "first"}
 }

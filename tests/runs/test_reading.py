@@ -22,6 +22,8 @@ from duallora.runtime.compute import Compute
 from duallora.runtime.progress import Progress
 from duallora.streams.task import Stream, Task, TaskDataset
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, TRAIN, TEST, TASKS = 3, 12, 6, 3
 
 

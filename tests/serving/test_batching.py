@@ -25,6 +25,8 @@ from duallora.serving.batching import MOST_IMAGES, Batcher
 from duallora.serving.limits import Limits
 from duallora.serving.listening import listening
 
+pytestmark = pytest.mark.slow
+
 
 def test_requests_that_arrive_together_share_a_pass(
     model: SlowModel, monkeypatch: pytest.MonkeyPatch

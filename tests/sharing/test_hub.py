@@ -18,6 +18,8 @@ from duallora.errors import DualLoRAError
 from duallora.sharing.local import local_folder
 from duallora.sharing.place import HubPlace, own_folder
 
+pytestmark = pytest.mark.slow
+
 NAME = "jane/birds"
 
 

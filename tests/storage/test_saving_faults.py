@@ -28,7 +28,7 @@ from duallora.runs import report, results
 from duallora.runs.results import MEASURED
 from duallora.storage import checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no direction is left")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no direction is left")]
 
 FORK = multiprocessing.get_context("fork")
 STATES = dict[int, dict[str, torch.Tensor]]
