@@ -24,11 +24,12 @@ from duallora.serving.app import create_app
 from duallora.serving.guard import host_name
 from duallora.serving.limits import Limits
 
+pytestmark = pytest.mark.slow
+
 ENTRY = "from duallora.cli import main; raise SystemExit(main())"
 HANGING = """
 from PIL import PngImagePlugin
 
-pytestmark = pytest.mark.slow
 def load(self):
     while True: pass
 PngImagePlugin.PngImageFile.load = load
