@@ -126,7 +126,7 @@ def found_by_hand(method: MOS, image: Tensor, rounds: int) -> tuple[int, Tensor,
     weight = torch.cat([head.weight for head in method.heads.tasks])
     bias = torch.cat([head.bias for head in method.heads.tasks])
     width = method.backbone.feature_dim
-    similar = F.cosine_similarity(features_under(method, image, 0)[:width][None], method.prototypes.direction)
+    similar = F.cosine_similarity(features_under(method, image, 0)[:width][None], method.prototypes.mean)
     way = [int(similar.argmax()) // 2]
     while True:
         logits = weight @ features_under(method, image, way[-1])[:width] + bias
@@ -174,7 +174,7 @@ def test_without_the_ensemble_the_last_answer_stands_alone() -> None:
 
 def test_prototypes_are_means_under_the_first_adapter() -> None:
     learner, method = learned(3)
-    assert method.prototypes.direction.shape == (6, method.backbone.feature_dim)
+    assert method.prototypes.mean.shape == (6, method.backbone.feature_dim)
     for row, name in ((1, "bee"), (4, "elk")):
         patterns = TASKS[row // 2]
         own = [
@@ -183,7 +183,7 @@ def test_prototypes_are_means_under_the_first_adapter() -> None:
         found = [features_under(method, learner.preprocess(image), 0) for image in own]
         mean = method.final(torch.stack(found)).mean(0)
         expected = F.normalize(mean, dim=0)
-        torch.testing.assert_close(method.prototypes.direction[row], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(method.prototypes.mean[row], expected, rtol=0, atol=1e-5)
 
 
 def test_a_forgotten_task_is_never_found_and_the_first_adapter_stays() -> None:
@@ -193,7 +193,7 @@ def test_a_forgotten_task_is_never_found_and_the_first_adapter_stays() -> None:
         method.forget(task, torch.zeros(2, dtype=torch.bool))
     after = adapters(method)
     assert torch.equal(after[0], before[0]) and not after[2].any()
-    assert method.prototypes.direction.shape[0] == len(method.gaussians.mean) == 4
+    assert method.prototypes.mean.shape[0] == len(method.gaussians.mean) == 4
     with torch.no_grad():
         chosen = method.encode(tiny_images(8)).chosen
     assert chosen is not None and set(chosen.tolist()) <= {1, 3}

@@ -103,6 +103,18 @@ class Gaussians(ByRow):
         return factors.float()
 
 
+def aged(mean: Tensor, row_task: Tensor, latest: int) -> Tensor:
+    """Means (R, d) drawn nearer to zero the older they are, by up to a tenth, as SLCA has it.
+
+    Args:
+        mean: of the rows (R, d).
+        row_task: their tasks (R,).
+        latest: the task whose means stay as they are.
+    """
+    age = (row_task + 1) / (latest + 1)
+    return mean * (0.9 + 0.1 * age)[:, None]
+
+
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x weight^T + bias`` (n, R)."""
     return x @ weight.T + bias

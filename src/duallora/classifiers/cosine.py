@@ -24,6 +24,16 @@ def head_cosines(heads: Heads, f: Tensor) -> Tensor:
     return cosines(f[:, : heads.dim], torch.cat([head.get_parameter("weight") for head in heads.tasks]))
 
 
+def current_cosines(heads: Heads, f: Tensor) -> Tensor:
+    """Cosines (n, |Y_t|) between features and the weights of the latest head; its bias has no part.
+
+    Args:
+        heads: of the tasks, side by side.
+        f: whose first ``heads.dim`` columns are the final feature.
+    """
+    return cosines(f[:, : heads.dim], heads.tasks[-1].get_parameter("weight"))
+
+
 def cosface_logits(cosine: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
     """Logits (n, k): ``scale (cos - margin)`` at the right class and ``scale cos`` at the others.
 

@@ -19,7 +19,7 @@ from duallora.commands.comparison_output import write_comparison
 from duallora.commands.number_ranges import require_range, seed_numbers
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.run_setting import Setting, load_setting
-from duallora.commands.subprocess_jobs import Job, gpus, run_jobs
+from duallora.commands.subprocess_jobs import Job, gpu_for_each, run_jobs
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
 from duallora.runtime.loggers import Logging
@@ -89,7 +89,7 @@ def compare(
     if missing:
         features = _keep_features(setting, out, compute.device)
         missing = [Job(j.name, (*j.words, "--features", str(features)), j.log) for j in missing]
-    own = gpus() if device == "cuda" and devices == 1 and jobs > 1 else ()
+    own = gpu_for_each(device, devices, jobs)
     failed = run_jobs(missing, jobs, lambda text: console.line(text, stderr=True), own)
     entries = [entry for line in lines if (entry := _entry(line, setting, out)) is not None]
     entries.sort(key=_final, reverse=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from duallora.commands.configs import read_config, shipped_configs
 from duallora.commands.parse_errors import nearest
 from duallora.errors import DualLoRAError
-from duallora.teaching.method_choice import TRAINING_FIELDS
+from duallora.teaching.method_choice import TRAINING_FIELDS, just_these_epochs
 
 if TYPE_CHECKING:
     from duallora.methods import MethodConfig
@@ -66,9 +66,7 @@ def read_lines(names: Sequence[str], shared: Mapping[str, Any], same_budget: boo
         else:
             values = common | own
         try:
-            # Who names epochs means just these, unless the least steps are named too.
-            least: dict[str, Any] = {"min_steps": 0} if "epochs" in values else {}
-            lines.append(Line(name, method, METHODS[method].config(**(least | values))))
+            lines.append(Line(name, method, METHODS[method].config(**just_these_epochs(values))))
         except DualLoRAError as error:
             raise DualLoRAError(f"{asked}: {error}") from error
     _check(lines, shared)

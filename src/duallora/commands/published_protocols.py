@@ -12,7 +12,7 @@ from duallora.commands.configs import read_config
 from duallora.commands.options import BackboneOptions, StreamOptions
 from duallora.commands.parse_errors import nearest
 from duallora.errors import DualLoRAError
-from duallora.teaching.method_choice import MethodChoice
+from duallora.teaching.method_choice import MethodChoice, just_these_epochs
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ def as_protocol(name: str, content: Mapping[str, Any]) -> Protocol:
     seeds, expected = tuple(given.pop("seeds")), given.pop("expected", {})
     check_expected(name, expected)
     by_seed = ordering(given)
-    method: dict[str, Any] = dict(given.pop("method"))
-    if "epochs" in method:  # who names epochs means just these
-        method = {"min_steps": 0} | method
+    method = just_these_epochs(given.pop("method"))
     groups = []
     for kind in (StreamOptions, BackboneOptions):
         own = {field.name for field in dataclasses.fields(kind)} & given.keys()

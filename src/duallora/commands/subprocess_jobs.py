@@ -80,6 +80,17 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def gpu_for_each(device: str, devices: int, jobs: int) -> tuple[str, ...]:
+    """The GPUs that runs at a time take, one each; none where they run elsewhere, take several, or are one.
+
+    Args:
+        device: kind that a run computes on.
+        devices: how many a run takes.
+        jobs: runs at a time.
+    """
+    return gpus() if device == "cuda" and devices == 1 and jobs > 1 else ()
+
+
 def gpus() -> tuple[str, ...]:
     """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES takes."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -15,7 +15,7 @@ from duallora.commands.compare_protocol import grouped, listed, machines
 from duallora.commands.compared_methods import Line
 from duallora.commands.comparison_output import write_comparison
 from duallora.commands.run_setting import Setting, Settings
-from duallora.commands.subprocess_jobs import Job, gpus, run_jobs
+from duallora.commands.subprocess_jobs import Job, gpu_for_each, run_jobs
 from duallora.errors import DualLoRAError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class SuiteRuns:
         own: Sequence[str] = ()
         if part != "page":
             device, _, devices, _ = self.compute.check()
-            own = gpus() if device == "cuda" and devices == 1 and jobs > 1 else ()
+            own = gpu_for_each(device, devices, jobs)
         settings = Settings()
         for line, protocol in self.protocols.items():  # what is missing is told before anything is run
             for seed in self._seeds(protocol):

@@ -17,12 +17,19 @@ from duallora.adapters.per_pass import PerPass
 from duallora.adapters.shared_pairs import SharedPairs, TaskPairs
 from duallora.adapters.wrapped_qkv import adapted_layers
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.cosine import cosines
+from duallora.classifiers.cosine import cosines, current_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import Batch, Encoding, Loader, TaskInfo
-from duallora.methods.task_adapters import known_tasks, own_features, picked, prototypes, under
+from duallora.methods.task_adapters import (
+    known_tasks,
+    own_features,
+    picked,
+    prototypes,
+    training_features,
+    under,
+)
 
 
 @dataclass(frozen=True)
@@ -121,13 +128,11 @@ class CLLoRA(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Cosines (n, |Y_t|) times sigma, with the task's own pairs for every image."""
-        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
-            features = self.backbone(images).float()
-        return self._cosines(features)
+        return self._cosines(training_features(self, self._acting, images))
 
     def _cosines(self, features: Tensor) -> Tensor:
         """``sigma cos(f, w_c)`` of the current head (n, |Y_t|)."""
-        found = cosines(self.final(features), self.heads.tasks[-1].get_parameter("weight"))
+        found = current_cosines(self.heads, features)
         return found if self._sigma is None else self._sigma * found
 
     def _early_exit_loss(self, images: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from duallora.adapters.trained_copy import TrainedCopy
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.class_statistics import ByRow
-from duallora.classifiers.cosine import cosines, head_cosines
+from duallora.classifiers.cosine import cosines, current_cosines, head_cosines
+from duallora.classifiers.prototypes import Prototypes
 from duallora.classifiers.transport import transport_plan
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
@@ -48,31 +48,6 @@ class DUCTConfig(MethodConfig):
     entropy: float = 0.02
     refit_epochs: int = 5
     refit_learning_rate: float = 1e-3
-
-
-class Prototypes(ByRow):
-    """Means (R, d) of the bare backbone's final features, fp32 on the CPU.
-
-    Args:
-        dim: d.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.mean: Tensor
-        self.register_buffer("mean", torch.zeros(0, dim))
-
-    def add(self, mean: Tensor) -> None:
-        """Adds the rows of a task (k, d)."""
-        self.mean = torch.cat([self.mean, mean.float().cpu()])
-
-    def forget(self, kept: Tensor) -> None:
-        """Loses rows; ``kept`` (R,), bool, says which stay."""
-        self.mean = self.mean[kept]
-
-    def simulate(self, rows: int) -> None:
-        """So many rows of no meaning, for measurements."""
-        self.mean = torch.zeros(rows, self.mean.shape[1])
 
 
 class DUCT(Method):
@@ -126,7 +101,7 @@ class DUCT(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Cosines (n, |Y_t|) with the weights of the current head."""
-        return cosines(self.final(self.features(images)), self.heads.tasks[-1].get_parameter("weight"))
+        return current_cosines(self.heads, self.features(images))
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Scaled cosines to all rows (n, R)."""

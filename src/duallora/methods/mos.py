@@ -18,8 +18,8 @@ from duallora.adapters.bottleneck import Bottleneck, TaskBottlenecks
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.class_statistics import ByRow
 from duallora.classifiers.cosine import cosines
+from duallora.classifiers.prototypes import Prototypes
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -34,6 +34,7 @@ from duallora.methods.task_adapters import (
     picked,
     prototypes,
     row_tasks,
+    training_features,
     under,
 )
 
@@ -61,31 +62,6 @@ class MOSConfig(AlignmentFields, BottleneckFields, MethodConfig):
     contrast_temperature: float = 0.8
     rounds: int = 4
     ensemble: bool = True
-
-
-class Prototypes(ByRow):
-    """A direction of feature space for every row (R, d), fp32, on the CPU.
-
-    Args:
-        dim: d.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.direction: Tensor
-        self.register_buffer("direction", torch.zeros(0, dim))
-
-    def add(self, directions: Tensor) -> None:
-        """Adds rows (k, d)."""
-        self.direction = torch.cat([self.direction, directions.cpu()])
-
-    def simulate(self, rows: int) -> None:
-        """So many rows that all lie in one direction, for measurements."""
-        self.direction = torch.ones(rows, self.direction.shape[1])
-
-    def forget(self, kept: Tensor) -> None:
-        """Loses rows; ``kept`` (R,), bool, says which stay."""
-        self.direction = self.direction[kept]
 
 
 class MOS(Method):
@@ -137,7 +113,7 @@ class MOS(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the current classes, and the contrast to class means and in the batch."""
-        f = self._own_features(batch.images)
+        f = training_features(self, self._acting, batch.images)
         points = torch.cat([self.gaussians.mean.to(f.device), f])
         products = points @ points.T / self.config.contrast_temperature
         contrast = F.cross_entropy(products, torch.arange(len(points), device=f.device))
@@ -146,11 +122,7 @@ class MOS(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Logits (n, |Y_t|) of the current head, through the task's own adapter."""
-        return self.heads.current(self._own_features(images))
-
-    def _own_features(self, images: Tensor) -> Tensor:
-        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
-            return self.final(self.backbone(images).float())
+        return self.heads.current(training_features(self, self._acting, images))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -197,7 +169,7 @@ class MOS(Method):
         chosen = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
         first = features = look(chosen)
         with torch.autocast(images.device.type, enabled=False):
-            similar = cosines(self.final(first), self.prototypes.direction.to(images.device))
+            similar = cosines(self.final(first), self.prototypes.mean.to(images.device))
         found = row_task[similar.argmax(1)]
         for _ in range(self.config.rounds):
             chosen, features = found, look(found)

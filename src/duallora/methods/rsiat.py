@@ -21,7 +21,7 @@ from duallora.adapters.bottleneck import Bottleneck
 from duallora.adapters.lora import kaiming
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.cosine import cosface_logits, cosines, head_cosines
+from duallora.classifiers.cosine import cosface_logits, cosines, current_cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -148,12 +148,12 @@ class RSIAT(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Cosines (n, |Y_t|) with the weights of the current head."""
-        return cosines(self.final(self.features(images)), self.heads.tasks[-1].get_parameter("weight"))
+        return current_cosines(self.heads, self.features(images))
 
     def loss(self, batch: Batch) -> Tensor:
         """CosFace over the classes of the current task, and what steers the first or holds a later one."""
         config, f = self.config, self.final(self.features(batch.images))
-        cosine = cosines(f, self.heads.tasks[-1].get_parameter("weight"))
+        cosine = current_cosines(self.heads, f)
         logits = cosface_logits(cosine, batch.labels, config.cosine_scale, config.margin)
         loss = self.class_loss.cross_entropy(logits, batch.labels)
         if not self._teacher:

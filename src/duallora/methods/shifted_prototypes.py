@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duallora.classifiers.alignment import Gaussians, refit
+from duallora.classifiers.alignment import Gaussians, aged, refit
 from duallora.classifiers.class_statistics import ClassStatistics
 from duallora.classifiers.cosine import cosines
 from duallora.classifiers.heads import Heads
@@ -72,7 +72,7 @@ def align(
 ) -> None:
     """Trains all heads on features drawn from the Gaussians, from where they are.
 
-    Means are drawn nearer to zero the older they are, by up to a tenth, as SLCA has it.
+    The older their means are, the nearer to zero they are drawn.
 
     Args:
         heads: cosine heads, changed in place.
@@ -82,10 +82,9 @@ def align(
         weight_decay: of the heads.
         generator: draws the samples.
     """
-    age = (row_task + 1) / (row_task.max() + 1)  # 1 for the rows of the current task
     refit(
         heads,
-        gaussians.mean * (0.9 + 0.1 * age)[:, None],
+        aged(gaussians.mean, row_task, int(row_task.max())),
         gaussians.factors(1e-3),
         F.cross_entropy,
         partial(torch.optim.SGD, lr=config.refit_learning_rate, momentum=0.9, weight_decay=weight_decay),

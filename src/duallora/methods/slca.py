@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from duallora.adapters.trained_copy import TrainedCopy
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.alignment import Gaussians, refit
+from duallora.classifiers.alignment import Gaussians, aged, refit
 from duallora.methods.base import Method
 from duallora.methods.config import MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -86,10 +86,9 @@ class SLCA(Method):
             return
         task_of = self.rows.task.unique(return_inverse=True)[1]  # a forgotten task has no logits
         self.gaussians.restore(self.heads)
-        age = (self.rows.task + 1) / (task.index + 1)  # (R,), 1 for the rows of this task
         refit(
             self.heads,
-            self.gaussians.mean * (0.9 + 0.1 * age)[:, None],
+            aged(self.gaussians.mean, self.rows.task, task.index),
             self.gaussians.factors(1e-4),
             partial(
                 normalised_cross_entropy,

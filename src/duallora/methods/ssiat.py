@@ -13,7 +13,7 @@ from torch import Tensor
 from duallora.adapters.bottleneck import Bottleneck
 from duallora.backbones.backbone import Backbone
 from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.cosine import cosface_logits, cosines, head_cosines
+from duallora.classifiers.cosine import cosface_logits, current_cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -65,7 +65,7 @@ class SSIAT(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Cosines (n, |Y_t|) with the weights of the current head."""
-        return cosines(self.final(self.features(images)), self.heads.tasks[-1].get_parameter("weight"))
+        return current_cosines(self.heads, self.features(images))
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Scaled cosines to all rows (n, R)."""

@@ -98,6 +98,12 @@ def under(method: Method, acting: PerPass[int | Tensor], images: Tensor, tasks: 
     return features
 
 
+def training_features(method: Method, acting: PerPass[int | Tensor], images: Tensor) -> Tensor:
+    """Final features (n, feature_dim), fp32, with the adapter of the task in training for every image."""
+    with method.context.autocast(), acting.holding(len(method.heads.tasks) - 1):
+        return method.final(method.backbone(images).float())
+
+
 @torch.no_grad()
 def own_features(
     method: Method, acting: PerPass[int | Tensor], task: int, batches: Iterable[Batch]

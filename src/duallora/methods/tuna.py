@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from duallora.adapters.bottleneck import TaskBottlenecks
 from duallora.adapters.per_pass import PerPass
 from duallora.backbones.backbone import Backbone
-from duallora.classifiers.alignment import Gaussians
-from duallora.classifiers.cosine import cosface_logits, cosines, head_cosines
+from duallora.classifiers.alignment import Gaussians, aged
+from duallora.classifiers.cosine import cosface_logits, cosines, current_cosines, head_cosines
 from duallora.methods.base import Method
 from duallora.methods.config import BottleneckFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
@@ -33,6 +33,7 @@ from duallora.methods.task_adapters import (
     own_features,
     picked,
     row_tasks,
+    training_features,
     under,
 )
 
@@ -147,9 +148,7 @@ class TUNA(Method):
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Cosines (n, |Y_t|) with the weights of the current head, through the task's own adapter."""
-        with self.context.autocast(), self._acting.holding(len(self.heads.tasks) - 1):
-            f = self.final(self.backbone(images).float())
-        return cosines(f, self.heads.tasks[-1].get_parameter("weight"))
+        return current_cosines(self.heads, training_features(self, self._acting, images))
 
     def _overlap(self, task: int) -> Tensor:
         """Sum over earlier tasks of the mean over layers of ``|u_i . u_t|``, u the mean unit column of U."""
@@ -172,8 +171,7 @@ class TUNA(Method):
         """Trains all heads on features drawn from the Gaussians, from where they are."""
         config, mean = self.config, self.gaussians.mean
         if config.decay:
-            age = (row_tasks(self.heads).cpu() + 1) / (task + 1)  # 1 for the rows of this task
-            mean = mean * (0.9 + 0.1 * age)[:, None]
+            mean = aged(mean, row_tasks(self.heads).cpu(), task)
         align(
             self.heads,
             self.gaussians,

@@ -76,4 +76,9 @@ class MethodChoice:
                 )
 
 
+def just_these_epochs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields: who names epochs means just these, unless the least steps are named too."""
+    return ({"min_steps": 0} if "epochs" in fields else {}) | dict(fields)
+
+
 UNSAID = MethodChoice()
