@@ -1,12 +1,13 @@
 """Kills commands at random moments and counts what is lost; it must be nothing.
 
-    python benchmarks/kill.py 10
+    python benchmarks/kill.py 200
 
-After each kill of `learn`, `forget` or `undo` the model must load, be the old or the new generation, and
-predict exactly what that generation predicts. After each kill of `run` the same command resumes it, and must
-end with the results and the model of a run that was never interrupted. After each kill of `export` the file
-is whole or not there, and the next one leaves no other. After each kill of `serve` while a new generation
-comes, that generation is whole. Half of the kills fall at any moment, half shortly after files have changed.
+The kills are shared out evenly among six commands. After each kill of `learn`, `forget` or `undo` the model
+must load, be the old or the new generation, and predict exactly what that generation predicts. After each
+kill of `run` the same command resumes it, and must end with the results and the model of a run that was never
+interrupted. After each kill of `export` the file is whole or not there, and the next one leaves no other.
+After each kill of `serve` while a new generation comes, that generation is whole. Half of the kills fall at
+any moment, half shortly after files have changed.
 """
 
 from __future__ import annotations
@@ -142,12 +143,14 @@ ACTS = {
 def main() -> int:
     """Returns 1 when anything was lost."""
     parser = argparse.ArgumentParser(description="Kill commands at random moments; nothing may be lost.")
-    parser.add_argument("kills", type=int, help="how often each command is killed")
+    parser.add_argument("kills", type=int, help="how many in all; the commands share them")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", choices=list(ACTS), help="kill one of them alone")
     arguments = parser.parse_args()
-    if arguments.kills < 1:
-        parser.error("kills must be at least 1")
+    chosen = {name: act for name, act in ACTS.items() if arguments.only in (None, name)}
+    if arguments.kills < len(chosen):
+        parser.error(f"kills must be at least {len(chosen)}, one for each command")
+    shares = [len(range(n, arguments.kills, len(chosen))) for n in range(len(chosen))]
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="duallora-kill-") as scratch:
         data = Path(scratch) / "data"
@@ -158,16 +161,15 @@ def main() -> int:
             draw_images(data / "stream" / part, ["ant", "bee", "cat", "dog"], count, pixels)
         images = sorted((data / "stream" / "val").rglob("*.png"))
         tallies = [
-            act(arguments.kills, data, Path(scratch), images, rng)
-            for name, act in ACTS.items()
-            if arguments.only in (None, name)
+            act(share, data, Path(scratch), images, rng)
+            for act, share in zip(chosen.values(), shares, strict=True)
         ]
     losses = [loss for tally in tallies for loss in tally.losses]
     print("\nkills  what was found")
     for tally in tallies:
         for outcome, count in sorted(tally.counts.items()):
             print(f"{count:5}  {outcome}")
-    print(f"lost: {len(losses)} of {arguments.kills * len(tallies)}")
+    print(f"lost: {len(losses)} of {arguments.kills}")
     return 1 if losses else 0
 
 

@@ -32,7 +32,7 @@ from duallora.data.loader import ImageLoader
 from duallora.data.transforms import EvaluationTransform, evaluation_transform
 from duallora.runtime.compute import Compute
 from duallora.storage.documents import markdown_table
-from duallora.streams import FolderDataset
+from duallora.streams import FolderDataset, as_task_dataset
 from duallora.training import EVALUATION_BATCH, evaluated
 
 COUNTS = {64: 1024, 500: 192, 4000: 16}
@@ -136,10 +136,11 @@ def loading(folder: Path, width: int, workers: int, repeats: int) -> dict[str, A
 def with_model(folder: Path, width: int, workers: int, repeats: int) -> dict[str, Any]:
     """Seconds that learning, evaluating and predicting take, over those from memory."""
     machine = Compute("cpu", precision="32", workers=workers).start()
-    data = FolderDataset(folder)
+    files_of = FolderDataset(folder)
+    data = as_task_dataset(files_of)  # what is kept is kept of one view
     config = DualLoRAConfig(epochs=3, batch_size=32)
     learner = ContinualLearner(method=config, device=machine)
-    memory = Memory(data, learner.preprocess)
+    memory = Memory(files_of, learner.preprocess)
     started = learner.loader.started
     files, fed = (
         timed(lambda d=d: ContinualLearner(method=config, device=machine).learn(d)) for d in (data, memory)
@@ -154,8 +155,8 @@ def with_model(folder: Path, width: int, workers: int, repeats: int) -> dict[str
             seconds["evaluate"].append(timed(lambda: learner.evaluate(data)))
             seconds["memory"].append(timed(lambda: learner.outputs_of(kept)))
             seconds["again"].append(timed(lambda: learner.evaluate(data)))
-        seconds["predict"].append(timed(lambda: learner.predict(data.paths)))
-        seconds["decode"].append(timed(lambda: bound(data.paths, learner.preprocess, workers)))
+        seconds["predict"].append(timed(lambda: learner.predict(files_of.paths)))
+        seconds["decode"].append(timed(lambda: bound(files_of.paths, learner.preprocess, workers)))
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     both = middle["memory"] + middle["decode"]
     result = {

@@ -6,7 +6,6 @@ computed step by step, in this thread alone: another thread's pass stays fused a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from duallora.runtime.attention import attention_weights
 
 _SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
 
@@ -52,11 +53,7 @@ class AttentionWeights(TorchFunctionMode):
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:
-        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        if attn_mask is not None:
-            hidden = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, -math.inf) if hidden else scores + attn_mask
-        weights = scores.softmax(-1)
+        weights = attention_weights(query, key, attn_mask, scale)
         self._note(weights)
         return weights.to(value.dtype) @ value
 

@@ -32,12 +32,12 @@ def open_regular(path: str | Path) -> BufferedReader:
         NotRegular: it is a pipe, a socket, a device, or a file that the kernel makes up.
         OSError: it is missing, a folder, or may not be read.
     """
-    path = Path(path)
-    require_regular(path)  # before it is opened: opening a device can already do something
+    _require_kind(path)  # before it is opened: opening a device can already do something
     # It may have been replaced since; without waiting, a pipe that has no writer opens at once.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_kind(path, os.fstat(descriptor).st_mode)
+        _refuse_opened(descriptor, path)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -74,11 +74,8 @@ def require_regular(path: str | Path) -> None:
         NotRegular: it is a pipe, a socket, a device, a file that the kernel makes up, or no name of a file.
         OSError: it is missing or a folder.
     """
-    path = Path(path)
-    if "\0" in str(path):
-        raise NotRegular(f"no file can be called {path}: leave its NUL character out")
-    _refuse_kind(path, path.stat().st_mode)
-    refuse_kernel(path)
+    _require_kind(path)
+    refuse_kernel(Path(path))
 
 
 def refuse_special(folder: str, names: Iterable[str]) -> None:
@@ -107,10 +104,31 @@ def refuse_kernel(path: Path) -> None:
     except (OSError, RuntimeError):  # a loop of links; opening it says so
         return
     if any(resolved.is_relative_to(place) for place in _KERNEL):
-        raise NotRegular(f"{path} is of the system, not a file on a disk: name another one")
+        raise NotRegular(_of_the_system(path))
 
 
-def _refuse_kind(path: Path, mode: int) -> None:
+def _refuse_opened(descriptor: int, path: str | Path) -> None:
+    """As `refuse_kernel`, for a file that is open: the kernel says where it lies, without a walk."""
+    try:
+        place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    except OSError:  # no such view of open files on this system
+        refuse_kernel(Path(path))
+        return
+    if place.startswith(tuple(f"{kernel}/" for kernel in _KERNEL)):
+        raise NotRegular(_of_the_system(path))
+
+
+def _of_the_system(path: str | Path) -> str:
+    return f"{path} is of the system, not a file on a disk: name another one"
+
+
+def _require_kind(path: str | Path) -> None:
+    if "\0" in str(path):
+        raise NotRegular(f"no file can be called {path}: leave its NUL character out")
+    _refuse_kind(path, Path(path).stat().st_mode)
+
+
+def _refuse_kind(path: str | Path, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for is_kind, name in _KINDS:
