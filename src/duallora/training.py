@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from duallora.backbones.compiling import compiler_errors
 from duallora.data.assembly import Chunk
+from duallora.data.colours import Colours
 from duallora.data.loader import ImageLoader
 from duallora.data.source import Source
 from duallora.data.transforms import Augmentation, EvaluationTransform
@@ -63,7 +64,12 @@ class _Trained(NamedTuple):
 
 
 def batches(
-    loader: ImageLoader, source: Source, data: TaskDataset, chunks: Iterable[Chunk], total: int
+    loader: ImageLoader,
+    source: Source,
+    data: TaskDataset,
+    chunks: Iterable[Chunk],
+    total: int,
+    colours: Colours | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of a data set on the loader's device, with labels and indices.
 
@@ -73,11 +79,14 @@ def batches(
         data: the same, for its targets.
         chunks: which samples are in which batch.
         total: samples in all chunks together.
+        colours: changes the views of an epoch.
     """
     asked, shown = itertools.tee(chunks)
     with closing(loader.batches(source, asked, total)) as found:
         for chunk, images in zip(shown, found, strict=True):
             labels = [data.targets[position] for position in chunk.positions]
+            if colours is not None:
+                images = colours(images, chunk.positions, chunk.epoch)
             yield Batch(images, loader.sent(labels), loader.sent(chunk.positions))
 
 
@@ -225,7 +234,12 @@ def _train(
         Chunk(tuple(piece), epoch) for epoch in range(epochs) for own in steps(epoch) for piece, _ in own
     )
     total = epochs * sum(len(piece) for own in steps(0) for piece, _ in own)
-    with closing(batches(loader, source, data, chunks, total)) as found:
+    # What a head trained for this alone leads has to carry over to classes that come later: no colour of a
+    # few images may stand for a class. Crops alone show them too much alike.
+    crops = source.augmentation
+    led = method.leader is not None and crops is not None and crops.policy != "none"
+    colours = Colours(crops) if led and crops is not None else None
+    with closing(batches(loader, source, data, chunks, total, colours)) as found:
         for epoch in range(epochs):
             pieces = steps(epoch)
             label = f"{task.name}: epoch {epoch + 1}/{epochs}"

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_tasks import Patterns, assert_same_outputs, assert_same_state, new_learner, reloaded, small_config
+from small_tasks import (
+    Patterns,
+    assert_same_outputs,
+    assert_same_state,
+    new_learner,
+    reloaded,
+    small_config,
+    tiny_backbone,
+)
 
 from duallora import ContinualLearner
 from duallora.adapters.dual_lora import DualAdapter
+from duallora.data.colours import Colours
+from duallora.data.transforms import Augmentation
 
 DEPTH = 3
 
@@ -135,7 +145,7 @@ def test_after_the_first_task_of_a_domain_its_head_is_the_classifier_of_its_rows
     assert torch.equal(method.starts.tasks[0].weight, weight)
 
 
-def test_what_leads_reads_the_final_feature_alone() -> None:
+def test_what_leads_reads_the_final_feature_and_the_mean_patch_token() -> None:
     learner = new_learner(small_config(residual="own", known_domain=0.25), depth=DEPTH)
     method, leading = learner.method, []
     groups = method.parameter_groups
@@ -148,7 +158,8 @@ def test_what_leads_reads_the_final_feature_alone() -> None:
     method.parameter_groups = watched  # type: ignore[method-assign]
     for task in one_domain()[:2]:
         learner.learn(task)
-    assert leading[0] == [(2, method.backbone.feature_dim), (2,)]
+    backbone = method.backbone
+    assert leading[0] == [(2, backbone.feature_dim), (2,), (2, backbone.dim), (2,)]
     assert leading[1] == [(2, method.backbone.row_dim), (2,)]
 
 
@@ -170,3 +181,22 @@ def test_residual_bases_move_in_the_first_task_of_a_domain_alone(
     assert len(trained) == len(opened) > 0
     for (task, start), end in zip(opened, trained, strict=True):
         assert task == 0 and torch.equal(start, end) != moves
+
+
+@pytest.mark.parametrize(("augment", "wanted"), [("crop", [0]), ("none", [])])
+def test_views_get_other_colours_where_adapters_are_led_alone(
+    augment: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coloured: list[int] = []
+
+    class Noted(Colours):
+        def __init__(self, augmentation: Augmentation) -> None:
+            super().__init__(augmentation)
+            coloured.append(augmentation.task)
+
+    monkeypatch.setattr("duallora.training.Colours", Noted)
+    config = small_config(residual="own", known_domain=0.25)
+    learner = ContinualLearner(tiny_backbone(depth=DEPTH), config, augment=augment, device="cpu")
+    for task in one_domain()[:2]:
+        learner.learn(task)
+    assert coloured == wanted

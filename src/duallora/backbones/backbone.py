@@ -102,6 +102,11 @@ class Backbone(nn.Module):
             parts.append(self._mean_patch(x))
         return torch.cat([part.float() for part in parts], 1)
 
+    @property
+    def patch_columns(self) -> slice | None:
+        """Where :meth:`forward` gives the mean patch token; None where the final feature is that already."""
+        return None if self._pools_patches else slice(self.feature_dim, self.feature_dim + self.dim)
+
     def _mean_patch(self, tokens: Tensor) -> Tensor:
         """(B, N, d) -> (B, d)."""
         return tokens[:, self.num_prefix_tokens :].float().mean(1)

@@ -22,6 +22,7 @@ from duallora.methods.class_weights import ClassLoss
 from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.interface import AdaptedPlace, Batch, BatchOutputs, Encoding, Loader, TaskInfo
+from duallora.methods.leader import Leader
 from duallora.methods.random_streams import RandomStream, generator
 from duallora.runtime import parallel
 from duallora.storage.learned import Learned
@@ -56,7 +57,7 @@ class Method:
         forward_passes: backbone passes per image at inference, of a model with one task.
         more_passes: in a few words, how they grow with the tasks; empty where they do not.
         imprinted: whether a head reads all that class rows read and starts as their classifier.
-        leader: the head that leads a task's training where it is not the task's own, see ``head_starts.py``.
+        leader: the heads that lead a task's training where it is not the task's own, see ``head_starts.py``.
         class_loss: the mean over images in a loss, with the weights of their classes.
         computing: whether the pass leaves the cache alone.
         starts: imprinted heads as they began; empty for other methods and for models saved without.
@@ -89,7 +90,7 @@ class Method:
         self.heads = Heads(width, self.device)
         self.starts = Heads(width, self.device)
         self.rows = ClassStatistics(backbone.row_dim, self.device)
-        self.leader: Heads | None = None
+        self.leader: Leader | None = None
         self.class_loss = ClassLoss()
         self.adapters = nn.ModuleDict()
         self.learned = Learned(self.device)
@@ -140,7 +141,8 @@ class Method:
         empty list: nothing is trained.
         """
         rate = self.config.head_learning_rate * (1 if self.leader is None else LEADER_RATE)
-        groups = [{"params": list((self.leader or self.heads).tasks[-1].parameters()), "lr": rate}]
+        head = self.heads.tasks[-1] if self.leader is None else self.leader
+        groups = [{"params": list(head.parameters()), "lr": rate}]
         trained = [p for p in self.adapters.parameters() if p.requires_grad]
         if trained:
             groups.append({"params": trained, "lr": vars(self.config)["learning_rate"]})
@@ -148,10 +150,12 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only."""
+        if self.leader is not None:
+            return self.leader.loss(self.features(batch.images), batch.labels, self.class_loss)
         return self.class_loss.cross_entropy(self.current_logits(batch.images), batch.labels)
 
     def current_logits(self, images: Tensor) -> Tensor:
-        """Logits (n, |Y_t|) of the classes of the task that is trained, by the head that leads it."""
+        """Logits (n, |Y_t|) of the classes of the task that is trained, by what leads it."""
         return (self.leader or self.heads).current(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:

@@ -199,7 +199,9 @@ class DualLoRA(Method):
         """Cross-entropy on the current classes, each image left out of its own row in the gate."""
         with self.context.autocast():
             features = self.encode(batch.images, (batch.labels, batch.indices)).features
-        return self.class_loss.cross_entropy((self.leader or self.heads).current(features), batch.labels)
+        if self.leader is not None:
+            return self.leader.loss(features, batch.labels, self.class_loss)
+        return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -360,12 +362,11 @@ class DualLoRA(Method):
         return points
 
     def _energy_places(self) -> list[tuple[Place, Subspace]]:
+        points = self.memory.points
         return [
-            ((layer, group), subspace)
-            for (layer, group), subspace in self.subspaces.items()
-            if layer in self.memory.points
-            and group[-1] == "v"
-            and self.memory.points[layer].energy is not None
+            (place, subspace)
+            for place, subspace in self.subspaces.items()
+            if place[0] in points and place[1][-1] == "v" and points[place[0]].energy is not None
         ]
 
     def _update_gate(self, task: TaskInfo, seen: _Seen, blocks: dict[Place, Tensor]) -> None:

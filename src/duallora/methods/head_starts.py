@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from duallora.classifiers.class_statistics import ClassMoments
-from duallora.classifiers.heads import Heads
 from duallora.methods.interface import TaskInfo
+from duallora.methods.leader import Leader
 
 if TYPE_CHECKING:
     from duallora.methods.base import Method
@@ -34,17 +34,18 @@ def imprint(method: Method, task: TaskInfo, features: Tensor, labels: Tensor) ->
 
 
 def lead(method: Method, task: TaskInfo) -> None:
-    """Lets a head of its own, drawn at random and on the final feature, lead the task's training.
+    """Lets heads of its own, drawn at random and on the last layer, lead the task's training.
 
     An imprinted head fits the task's images as it is, from features below the adapters too: it leaves
-    adapters nothing to learn. This one is thrown away by :func:`settle`.
+    adapters nothing to learn. These are thrown away by :func:`settle`.
 
     Args:
         method: trained next.
         task: the one being prepared.
     """
-    method.leader = Heads(method.backbone.feature_dim, method.device)
-    method.leader.open(len(task.classes), method.generator(task.index))
+    backbone, patches = method.backbone, method.backbone.patch_columns
+    columns = [slice(0, backbone.feature_dim), *([] if patches is None else [patches])]
+    method.leader = Leader(columns, len(task.classes), method.generator(task.index), method.device)
 
 
 @torch.no_grad()
