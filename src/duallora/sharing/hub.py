@@ -53,7 +53,7 @@ def send(folder: Path, place: HubPlace, *, private: bool, message: str) -> str:
     same commit; they stay in the repository's history.
 
     Args:
-        folder: as ``copy_current`` writes it, with a card.
+        folder: as ``prepare`` of ``sharing/outgoing.py`` writes it, with a card.
         place: where to; without a revision.
         private: of a new repository: whether only its owner sees it.
         message: of the commit.

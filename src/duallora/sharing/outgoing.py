@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from duallora.errors import DualLoRAError
 from duallora.sharing.card import model_card
 from duallora.sharing.place import HubPlace
 from duallora.storage import checkpoint
 from duallora.storage.atomic import write_atomic
-from duallora.storage.copied import copy_current, require_free
+from duallora.storage.copied import copy_state, require_free
 from duallora.storage.soundness import check
 
 
@@ -26,16 +25,14 @@ def prepare(model: Path, target: Path, place: HubPlace, licence: str | None) -> 
         In words, how many files of how many bytes.
 
     Raises:
-        DualLoRAError: the model is not sound or has learned nothing, the licence is no name, or the target
-            holds something.
+        DualLoRAError: the model is not sound, has learned nothing or changes meanwhile, the licence is no
+            name, or the target holds something.
     """
     require_free(target)
     manifest, tensors = checkpoint.read(model)
     check(model, manifest, tensors)
     card = model_card(model, manifest, tensors, place, licence)  # before anything is written
-    sent, _ = copy_current(model, target)
-    if sent["weights"] != manifest["weights"]:
-        raise DualLoRAError(f"the model in {model} has changed meanwhile; repeat the command.")
+    copy_state(model, target, manifest)
     write_atomic(target / "README.md", card.encode())
     files = [path for path in sorted(target.iterdir()) if not path.name.startswith(".")]
     return f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"

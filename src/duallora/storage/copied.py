@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,29 @@ def copy_current(source: Path, target: Path) -> Checked:
     require_free(target)
     manifest, tensors = checkpoint.read(source)
     check(source, manifest, tensors)
+    copy_state(source, target, manifest)
+    return manifest, tensors
+
+
+def copy_state(source: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """As :func:`copy_current`, for a caller that has read the state and checked it.
+
+    Each file is read once more, to be written, and compared with its hash on the way.
+
+    Args:
+        source: the model's folder.
+        target: a folder that is empty or does not exist.
+        manifest: as ``checkpoint.read`` gave it.
+
+    Raises:
+        DualLoRAError: the source has changed meanwhile, or the target is in use, holds something or cannot be
+            written.
+    """
     with exclusive(target):
         require_free(target)
         try:
             for name, digest in manifest["files"].items():
-                if replace_file(target / name, chunks_of(source / name)) != digest:
+                if not _is_copied(source / name, target / name, digest):
                     raise DualLoRAError(f"{source / name} has changed meanwhile; repeat the command.")
             sync_folder(target)
             current = json.dumps({**manifest, "previous": None}, indent=2) + "\n"
@@ -49,7 +68,16 @@ def copy_current(source: Path, target: Path) -> Checked:
             sync_folder(target)
         except OSError as error:
             raise DualLoRAError(f"the model could not be copied to {target}: {reason(error)}.") from error
-    return manifest, tensors
+
+
+def _is_copied(source: Path, target: Path, digest: str) -> bool:
+    """Copies a file; whether it was there still, and was the one with that sha256."""
+    try:
+        return replace_file(target, chunks_of(source)) == digest
+    except FileNotFoundError:
+        if source.exists():
+            raise
+        return False  # two changes of the model delete what was read before them
 
 
 def require_free(folder: Path) -> None:

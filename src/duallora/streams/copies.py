@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 from duallora.errors import DualLoRAError
 from duallora.storage.atomic import sha256_of
 
+Hash = Callable[[Path], str]
+"""What files of the same bytes have in common, and no other has."""
 
-def warn_of_copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> None:
+
+def warn_of_copies(
+    train: Iterable[Path | None], test: Iterable[Path | None], hash_of: Hash | None = None
+) -> None:
     """Counts test images that are also training images under another name, and says so in one warning.
 
     Only files of equal size are read.
@@ -20,8 +26,9 @@ def warn_of_copies(train: Iterable[Path | None], test: Iterable[Path | None]) ->
     Args:
         train: files to learn from; None for images that come from no file.
         test: files to test on.
+        hash_of: of a file, where one is shared with :func:`.refuse_two_labels`; see :func:`read_once`.
     """
-    found = copies(train, test)
+    found = copies(train, test, hash_of or read_once())
     if found:
         told = "1 image to test on is" if len(found) == 1 else f"{len(found):,} images to test on are"
         first, twin = found[0]
@@ -32,7 +39,9 @@ def warn_of_copies(train: Iterable[Path | None], test: Iterable[Path | None]) ->
         )
 
 
-def copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> list[tuple[Path, Path]]:
+def copies(
+    train: Iterable[Path | None], test: Iterable[Path | None], hash_of: Hash
+) -> list[tuple[Path, Path]]:
     """The test files that have the bytes of a training file, each with the first of those."""
     sizes: dict[int, list[Path]] = defaultdict(list)
     for path in dict.fromkeys(train):
@@ -45,8 +54,8 @@ def copies(train: Iterable[Path | None], test: Iterable[Path | None]) -> list[tu
         if path is None or size not in sizes:
             continue
         if size not in digests:
-            digests[size] = {digest(twin): twin for twin in reversed(sizes[size])}
-        twin = digests[size].get(digest(path))
+            digests[size] = {hash_of(twin): twin for twin in reversed(sizes[size])}
+        twin = digests[size].get(hash_of(path))
         if twin is not None:
             found.append((path, twin))
     return found
@@ -60,8 +69,12 @@ def size_of(path: Path) -> int:
         return 0  # whoever reads it says so
 
 
-def digest(path: Path) -> str:
-    """What files of the same bytes have in common, and no other has."""
+def read_once() -> Hash:
+    """Hashes of files, each of which is read once however often it is asked for."""
+    return cache(_hash)
+
+
+def _hash(path: Path) -> str:
     try:
         return sha256_of(path)
     except (DualLoRAError, OSError):

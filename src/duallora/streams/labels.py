@@ -7,24 +7,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from duallora.errors import DualLoRAError
-from duallora.streams.copies import digest, size_of
+from duallora.streams.copies import Hash, read_once, size_of
 
 Labelled = tuple[Path | None, str]
 """The file of an image, None where it has none, and the name of its class."""
 
 
-def refuse_two_labels(images: Iterable[Labelled]) -> None:
+def refuse_two_labels(images: Iterable[Labelled], hash_of: Hash | None = None) -> None:
     """Refuses images that are byte for byte alike and have different labels.
 
     A learner gives an image one class: with two labels, one of them is taught as wrong.
 
     Args:
         images: of all parts of a data set.
+        hash_of: of a file, where one is shared with :func:`.warn_of_copies`; see :func:`.read_once`.
 
     Raises:
         DualLoRAError: naming how many there are, the first two files and their labels.
     """
-    found = two_labels(images)
+    found = two_labels(images, hash_of or read_once())
     if not found:
         return
     (one, label), (other, second) = found[0]
@@ -36,7 +37,7 @@ def refuse_two_labels(images: Iterable[Labelled]) -> None:
     )
 
 
-def two_labels(images: Iterable[Labelled]) -> list[tuple[tuple[Path, str], tuple[Path, str]]]:
+def two_labels(images: Iterable[Labelled], hash_of: Hash) -> list[tuple[tuple[Path, str], tuple[Path, str]]]:
     """Images that have the bytes of an earlier one and another label, each with the first such.
 
     Only files of equal size and different labels are read.
@@ -54,7 +55,7 @@ def two_labels(images: Iterable[Labelled]) -> list[tuple[tuple[Path, str], tuple
             continue
         first: dict[str, tuple[Path, str]] = {}
         for path, label in alike.items():
-            earlier = first.setdefault(digest(path), (path, label))
+            earlier = first.setdefault(hash_of(path), (path, label))
             if earlier[1] != label:
                 found.append((earlier, (path, label)))
     return found

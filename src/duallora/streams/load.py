@@ -11,7 +11,7 @@ from duallora.errors import DualLoRAError
 from duallora.streams.by_domain import one_task_a_domain, pooled
 from duallora.streams.by_path import FOLDER
 from duallora.streams.collection import Collection, Request, Scenario, StreamEntry
-from duallora.streams.copies import warn_of_copies
+from duallora.streams.copies import read_once, warn_of_copies
 from duallora.streams.domains import with_domains
 from duallora.streams.labels import refuse_two_labels
 from duallora.streams.registry import find_entry
@@ -105,8 +105,9 @@ def _checked(stream: Stream, entry: StreamEntry) -> Stream:
     """
     if entry is FOLDER:
         train, test = ([getattr(task, part) for task in stream] for part in ("train", "test"))
-        refuse_two_labels(each for view in [*train, *test] for each in view.labelled)
-        warn_of_copies(*([f for view in views for f in view.files] for views in (train, test)))
+        hash_of = read_once()
+        refuse_two_labels((each for view in [*train, *test] for each in view.labelled), hash_of)
+        warn_of_copies(*([f for view in views for f in view.files] for views in (train, test)), hash_of)
     return stream
 
 

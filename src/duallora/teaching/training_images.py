@@ -17,7 +17,7 @@ from duallora.streams import (
     hold_back,
     train_and_val,
 )
-from duallora.streams.copies import warn_of_copies
+from duallora.streams.copies import read_once, warn_of_copies
 from duallora.streams.labels import refuse_two_labels
 from duallora.streams.task import as_task_dataset
 
@@ -60,13 +60,14 @@ class TrainingImages:
             start = time.perf_counter()
             _check(train, progress)
             seconds = time.perf_counter() - start
-            refuse_two_labels([*train.labelled, *([] if val is None else val.labelled)])
+            hash_of = read_once()
+            refuse_two_labels([*train.labelled, *([] if val is None else val.labelled)], hash_of)
             if val is None:
                 kept, held = hold_back(train)
-                warn_of_copies(kept.files, [] if held is None else held.files)
+                warn_of_copies(kept.files, [] if held is None else held.files, hash_of)
                 return cls(kept, held and present(held), tuple(train.bad_images), seconds)
             _check(val, progress)
-        warn_of_copies(train.paths, val.paths)
+        warn_of_copies(train.paths, val.paths, hash_of)
         bad = (*train.bad_images, *val.bad_images)
         return cls(as_task_dataset(train), as_task_dataset(val), bad, seconds)
 
