@@ -17,6 +17,7 @@ from tiny import tiny_backbone
 from torch import Tensor
 
 from duallora import METHODS, ContinualLearner, DualLoRAConfig, DualLoRAError
+from duallora.classifiers.prototypes import Prototypes
 from duallora.predictions import predictions
 from duallora.storage import checkpoint
 from duallora.storage.soundness import check
@@ -99,6 +100,7 @@ EDITS: dict[str, Edit] = {
     "sizes of other bases": of_tensor("kv.sizes", filled(HUGE)),
     "a residual adapter of another shape": of_tensor("residual.0.c", lambda x: x[:, :-1]),
     "an update of another shape": of_tensor("orthogonal.0.b", lambda x: x[:, :-1]),
+    "a mean in three dimensions at the gate": of_tensor("gate.1.rows.mean", lambda x: x[None]),
     "complex numbers": of_tensor("rows.mean", lambda x: x.to(torch.complex64)),
     "a missing tensor": lambda _, tensors: tensors.__delitem__("rows.scatter"),
     "an input of 100,000 pixels": of_manifest("backbone", "input_size", value=[3, 100_000, 100_000]),
@@ -135,6 +137,25 @@ def test_what_contradicts_itself_is_one_sentence(saved: Path, tmp_path: Path, na
     sentence = str(refused.value)
     assert "\n" not in sentence and len(sentence) < 700, sentence
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "part", ["orthogonal.0.a", "orthogonal.0.b", "residual.0.psi", "residual.0.c", "kv.phi"]
+)
+def test_what_stands_beside_a_projection_has_two_dimensions(saved: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(saved, tmp_path / "model")
+    tamper(tmp_path / "model", of_tensor(part, lambda x: x[None]))
+    with pytest.raises(DualLoRAError, match=rf"{part} has 3 dimensions, and a matrix has two"):
+        load(tmp_path / "model")
+
+
+def test_what_is_loaded_has_the_dimensions_of_its_place() -> None:
+    rows = Prototypes(4)
+    rows.load_state_dict({"mean": torch.ones(3, 4)})
+    assert rows.mean.shape == (3, 4)
+    with pytest.raises(RuntimeError, match="mean has 3 dimensions, not 2"):
+        rows.load_state_dict({"mean": torch.ones(1, 3, 4)})
 
 
 def test_overflowing_but_finite_numbers_give_no_nan(saved: Path, tmp_path: Path) -> None:

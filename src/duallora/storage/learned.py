@@ -39,10 +39,16 @@ class Learned(nn.Module):
         """Computes what follows from the buffers; called after they have been loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Makes room for what is loaded; torch copies it there, or says what is missing."""
+        """Makes room for what is loaded; torch copies it there, or says what is missing.
+
+        Raises:
+            RuntimeError: a tensor has more or fewer dimensions than the buffer that it is for.
+        """
         for name, old in self._buffers.items():
             found = state_dict.get(prefix + name)
             if found is not None:
+                if old is not None and found.ndim != old.ndim:
+                    raise RuntimeError(f"{prefix}{name} has {found.ndim} dimensions, not {old.ndim}")
                 device = self.device if old is None else old.device
                 self._buffers[name] = torch.empty_like(found, device=device)
             elif name in self.optional:

@@ -29,6 +29,8 @@ _MOST_BYTES = 4 << 30
 _HEAD = re.compile(r"heads\.tasks\.(\d{1,9})\.weight")
 _NUMBERED = re.compile(r"(?:^|\.)(fit|residual|orthogonal|tasks)\.(\d+)(?:\.|$)")
 _LAYER = re.compile(r"^(?:layers|gate|adapters)\.(\d+)\.")
+# What is beside a projection: products are made of it before anything looks at its shape.
+_MATRIX = re.compile(r"layers\..*\.(a|b|psi|c|dense|phi|basis)$")
 # Without energy a task has no finite mean of it.
 _MAY_BE_INFINITE = re.compile(r"\.energy\.|(?:^|\.)fit\.")
 
@@ -59,6 +61,7 @@ def _first_fault(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str
             or _settings_fault(manifest)
             or _backbone_fault(folder, manifest)
             or _numbers_fault(tensors)
+            or _matrices_fault(tensors)
             or _indices_fault(tensors, len(manifest["tasks"]))
             or _rows_fault(tensors, [len(task["classes"]) for task in manifest["tasks"]])
             or _heads_fault(tensors, [len(task["classes"]) for task in manifest["tasks"]])
@@ -138,6 +141,13 @@ def _numbers_fault(tensors: Mapping[str, Tensor]) -> str | None:
         sound = ~values.isnan() if _MAY_BE_INFINITE.search(name) else values.isfinite()
         if not bool(sound.all()):
             return f"{name} holds what is no number"
+    return None
+
+
+def _matrices_fault(tensors: Mapping[str, Tensor]) -> str | None:
+    for name, tensor in tensors.items():
+        if _MATRIX.match(name) and tensor.ndim != 2:
+            return f"{name} has {tensor.ndim} dimensions, and a matrix has two"
     return None
 
 
