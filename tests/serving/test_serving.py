@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -101,6 +102,19 @@ def test_malformed_forms(client: TestClient) -> None:
         b'--abc\r\nContent-Disposition: form-data; name="f%d"\r\n\r\nx\r\n' % i for i in range(40)
     )
     refused(client.post("/predict", content=fields + b"--abc--\r\n", headers=cut), 400, "Too many fields")
+
+
+def test_a_malformed_form_is_one_sentence_and_nothing_on_stderr(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own: Python prints what none takes
+    logging.getLogger("duallora.elsewhere").warning("is printed")
+    kind = {"Content-Type": "multipart/form-data; boundary=abc"}
+    for content in (b"--abd\r\n", b"--abc\rx", b"--abcx"):
+        refused(
+            client.post("/predict", content=content, headers=kind), 400, "the multipart form cannot be read"
+        )
+    assert capsys.readouterr().err == "is printed\n"
 
 
 def test_pixels_are_counted_before_they_are_decoded(client: TestClient) -> None:

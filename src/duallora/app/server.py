@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from duallora.app.page_token import TokenNeeded, new_token, opener
 from duallora.app.uploads import Uploads
 from duallora.runtime.ending import LastMoment, watched
+from duallora.serving.form_log import hush_forms
 from duallora.serving.guard import host_name, is_own_name
 from duallora.serving.listening import listening
 
@@ -121,6 +122,7 @@ def create_app(session: Any, token: str | None = None, port: int = 0) -> Any:
 
     from duallora.app import views
 
+    hush_forms()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page = views.build(session)
     gr.mount_gradio_app(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -74,8 +73,6 @@ def serve(
             timeout_graceful_shutdown=min(int(limits.timeout) + 1, _GRACE),
             http=JsonProtocol,
         )
-        # A client gets its answer to a malformed form; the log needs no line of it.
-        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         with suppress(Terminated):  # asked for, and done
             watched(uvicorn.Server(config), LastMoment()).run(sockets=[listener])
 

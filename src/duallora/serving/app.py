@@ -23,6 +23,7 @@ from duallora.data.decoding import Decoders
 from duallora.predictions import as_document
 from duallora.serving import prometheus
 from duallora.serving.batching import Batcher, Model
+from duallora.serving.form_log import hush_forms
 from duallora.serving.guard import Guard
 from duallora.serving.info_page import page
 from duallora.serving.limits import Admission, Limits, Refused
@@ -83,6 +84,7 @@ def create_app(
         token: that requests have to carry; None asks for none.
         local: answer only to names of this machine.
     """
+    hush_forms()
     server = _Server(source, limits or Limits())
     app = FastAPI(
         title="duallora serve",
