@@ -204,3 +204,15 @@ def test_measured_figures_are_put_beside_the_published_ones(
     monkeypatch.setattr(module, "read_protocol", lambda name: other)
     refused = call("reproduce", "digits-2/lora", "--out", tmp_path / "out")
     assert refused.code == 2 and "is another run" in refused.err
+
+
+def test_every_run_of_a_protocol_is_logged(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiny_backbone(monkeypatch)
+    monkeypatch.setattr(module, "read_protocol", lambda name: SMALL)
+    words = ("reproduce", "digits-2/lora", "--out", tmp_path / "out", "--logger", "csv")
+    assert call(*words, "--seeds", "1").code == 0
+    assert call(*words, "--seeds", "2", "--log-dir", tmp_path / "logs").code == 0
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("metrics.csv")}
+    assert found == {"out/seed-1/logs/version_0/metrics.csv", "logs/seed-2/version_0/metrics.csv"}

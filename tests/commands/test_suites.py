@@ -171,6 +171,16 @@ def test_only_what_is_missing_is_run(call: Call, started: Started, finished: Pat
 
 
 @pytest.mark.slow
+def test_every_run_of_a_suite_is_logged(call: Call, finished: Path) -> None:
+    shutil.rmtree(finished / "out" / "runs" / "lora-0")
+    shutil.rmtree(finished / "out" / "runs" / "joint-2")
+    logs = finished / "figures"
+    assert call(*words(finished, "--part", "runs", "--logger", "csv", "--log-dir", logs)).code == 0
+    found = {str(path.relative_to(logs)) for path in logs.rglob("metrics.csv")}
+    assert found == {"lora-0/version_0/metrics.csv", "joint-2/version_0/metrics.csv"}
+
+
+@pytest.mark.slow
 def test_a_suite_that_was_interrupted_goes_on(
     call: Call, started: Started, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,12 +399,13 @@ def test_a_slurm_array_has_every_run_and_says_its_time(call: Call, finished: Pat
 
 @pytest.mark.slow
 def test_the_script_of_one_gpu_runs_the_suite(call: Call, started: Started, finished: Path) -> None:
-    made = call(*words(finished, "--script", "one-gpu", "--seeds", "1"))
+    logged = ("--logger", "csv", "--log-dir", finished / "figures")
+    made = call(*words(finished, "--script", "one-gpu", "--seeds", "1", *logged))
     *_, strict, command = made.out.splitlines()
     assert strict == "set -euo pipefail"
     program, verb, *given = shlex.split(command)
     assert (program, verb) == ("duallora", "reproduce")
-    expected = words(finished, "--seeds", "1")[1:]
+    expected = words(finished, "--seeds", "1", *logged)[1:]
     parsed = [parse("reproduce", reproduce, each) for each in (given, expected)]
     assert parsed[0] == parsed[1]
     assert "4 x" not in made.out and made.out.count(" 1 x ") == 4

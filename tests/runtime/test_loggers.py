@@ -154,7 +154,7 @@ def test_wandb_gets_its_run(
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-@pytest.mark.parametrize("verb", ["run", "learn", "compare"])
+@pytest.mark.parametrize("verb", ["run", "learn", "compare", "reproduce"])
 def test_a_missing_extra_is_named(
     call: Call, stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, verb: str
 ) -> None:
@@ -163,6 +163,7 @@ def test_a_missing_extra_is_named(
         "run": ("run", "--stream", stream, "--out", tmp_path / "o"),
         "learn": ("learn", tmp_path / "o", stream),
         "compare": ("compare", "--stream", stream, "--out", tmp_path / "o", "--methods", "frozen"),
+        "reproduce": ("reproduce", "cifar100-10/inflora", "--out", tmp_path / "o"),
     }
     assert_refused(call(*words[verb], "--logger", name), f"{name} is missing", f"'duallora[{name}]'")
     assert not (tmp_path / "o").exists()

@@ -130,9 +130,8 @@ def _missing(
             if finished_run(folder, line, setting, seed) is not None:
                 continue
             config = str(out / "configs" / f"{line.name}.yaml")
-            own = dataclasses.replace(log, log_dir=log.log_dir and log.log_dir / folder.name)
-            logged = _words(own, Logging(), ["logger", "log_dir"])
-            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options, *logged)
+            words = ("run", "--config", config, "--seed", str(seed), "--out", str(folder), *options)
+            words += tuple(logged(log, folder.name))
             jobs.append(Job(f"{line.name}, seed {seed}", words, out / "logs" / f"{folder.name}.log"))
     return jobs
 
@@ -296,6 +295,11 @@ def elsewhere(stream: StreamOptions, backbone: BackboneOptions, compute: Compute
         *_words(backbone, BackboneOptions(), ["backbone_file"]),
         *_words(compute, Compute(), computing),
     ]
+
+
+def logged(log: Logging, run: str) -> list[str]:
+    """Options that log one of several runs, in a folder of its own; ``run`` is its name."""
+    return _words(log.of(run), Logging(), ["logger", "log_dir"])
 
 
 def _words(group: Any, defaults: Any, names: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from duallora.commands.suite_script import one_gpu_script, plan, slurm_script
 from duallora.commands.suites import Suite, placed, read_suite, suites
 from duallora.errors import DualLoRAError
 from duallora.runtime.compute import Compute
+from duallora.runtime.loggers import Logging
 from duallora.storage.regular import read_regular
 from duallora.teaching.method_choice import MethodChoice
 
@@ -43,6 +44,7 @@ def reproduce(
     bench: Path | None = None,
     dry_run: bool = False,
     compute: Compute = Compute(),
+    log: Logging = Logging(),
 ) -> None:
     """Run a published protocol, or a suite of them, and print what was published beside what is measured.
 
@@ -68,8 +70,10 @@ def reproduce(
         dry_run: check the data, the options and the method on a few images, small inputs and random weights,
             and write nothing
         compute: where and how to compute
+        log: where figures go while a run trains; of --log-dir, each run gets a folder of its own
     """
     given = locals()
+    log.check()  # before anything takes long
     if suite is not None:
         if name is not None:
             raise DualLoRAError("name a protocol or a --suite, not both.")
@@ -87,7 +91,7 @@ def reproduce(
     if dry_run:
         console.line(f"{name}: {_try(protocol)}")
         return
-    _reproduce(protocol, out, seeds, compute)
+    _reproduce(protocol, out, seeds, compute, log)
 
 
 def _suite(suite: Suite, given: Mapping[str, Any]) -> None:
@@ -108,7 +112,7 @@ def _suite(suite: Suite, given: Mapping[str, Any]) -> None:
         for line, protocol in lines.items():
             console.line(f"{line}: {_try(protocol)}")
         return
-    runs = SuiteRuns(suite.name, lines, out, seeds, given["compute"])
+    runs = SuiteRuns(suite.name, lines, out, seeds, given["compute"], given["log"])
     runs.run(given["jobs"], given["part"], command_line("reproduce", reproduce, given))
 
 
@@ -127,14 +131,16 @@ def _print_script(
     console.line(slurm_script(made, command(), one, command(**plain, part="page")))
 
 
-def _reproduce(protocol: Protocol, out: Path | None, seeds: int | str | None, compute: Compute) -> None:
+def _reproduce(
+    protocol: Protocol, out: Path | None, seeds: int | str | None, compute: Compute, log: Logging
+) -> None:
     """One protocol, in this process."""
     from duallora.runtime import parallel
 
     chosen = protocol.seeds if seeds is None else seed_numbers(seeds)
     machine = compute.start()
     place = Path("runs") / protocol.name.replace("/", "-") if out is None else out
-    found = [_result(machine, protocol, place / f"seed-{seed}", seed) for seed in chosen]
+    found = [_result(machine, protocol, place / f"seed-{seed}", seed, log) for seed in chosen]
     if parallel.rank() == 0:
         _show(protocol, found)
     parallel.leave()
@@ -167,7 +173,7 @@ def _list() -> None:
     console.rows(["protocol", "backbone", "seeds", "published", "source"], cells)
 
 
-def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int) -> dict[str, Any]:
+def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int, log: Logging) -> dict[str, Any]:
     """The results of one run, which is made or taken up unless it is finished."""
     from duallora.runs.run_directory import require_unfinished
 
@@ -179,7 +185,8 @@ def _result(machine: Machine, protocol: Protocol, folder: Path, seed: int) -> di
             raise DualLoRAError(f"{folder} is another run; name another --out, or move it away.")
         return known
     require_unfinished(folder)
-    return run_on(machine, folder, protocol.ordered(seed), protocol.method, protocol.backbone, seed)
+    about = (protocol.ordered(seed), protocol.method, protocol.backbone, seed)
+    return run_on(machine, folder, *about, log=log.of(folder.name))
 
 
 def _show(protocol: Protocol, found: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from duallora.commands import console
-from duallora.commands.compare import elsewhere, finished_run, kept_config
+from duallora.commands.compare import elsewhere, finished_run, kept_config, logged
 from duallora.commands.compare_protocol import grouped, listed, machines
 from duallora.commands.compared_methods import Line
 from duallora.commands.comparison_output import write_comparison
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from duallora.commands.published_protocols import Protocol
     from duallora.runs.comparison import Entry, Results
     from duallora.runtime.compute import Compute
+    from duallora.runtime.loggers import Logging
 
 Part = Literal["all", "runs", "page"]
 
@@ -36,6 +37,7 @@ class SuiteRuns:
         out: Folder of the runs and the page.
         seeds: Those asked for; None are each line's own.
         compute: Where and how to compute.
+        log: Where figures go while a run trains.
     """
 
     name: str
@@ -43,6 +45,7 @@ class SuiteRuns:
     out: Path
     seeds: Sequence[int] | None
     compute: Compute
+    log: Logging
 
     def run(self, jobs: int, part: Part, command: str) -> None:
         """Runs what is missing and writes the page.
@@ -111,6 +114,7 @@ class SuiteRuns:
         config = str(self.out / "configs" / f"{line}.yaml")
         words = ["run", "--config", config, "--seed", str(seed), "--order", str(asked.order)]
         words += ["--out", str(folder), *elsewhere(asked, protocol.backbone, self.compute)]
+        words += logged(self.log, folder.name)
         return Job(f"{line}, seed {seed}", tuple(words), self.out / "logs" / f"{folder.name}.log")
 
     def _write_configs(self, settings: Settings) -> None:

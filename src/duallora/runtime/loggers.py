@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -75,6 +75,10 @@ class Logging:
 
     logger: Kind = "none"
     log_dir: Path | None = None
+
+    def of(self, run: str) -> Logging:
+        """The same for one of several runs, which gets a folder of its name in ``log_dir``."""
+        return replace(self, log_dir=self.log_dir and self.log_dir / run)
 
     def check(self) -> None:
         """Refuses what cannot be had, before anything takes long.
