@@ -116,15 +116,22 @@ def unknown_thresholds(tasks: Iterable[TaskRecord]) -> dict[str, float]:
         DualLoRAError: no task has held-back images.
     """
     tasks = list(tasks)
-    found = {task.name: task.unknown_below for task in tasks if task.unknown_below is not None}
-    weights = {task.name: max(task.held_back_images, 1) for task in tasks}
-    if not found:
+    mean = mean_threshold(tasks)
+    if mean is None:
         raise DualLoRAError(
             "no lesson of this model had images held back, so none say what is unknown: give a number, such "
             "as --unknown-below 0.2, or teach the next lesson with images in val/."
         )
-    mean = sum(found[name] * weights[name] for name in found) / sum(weights[name] for name in found)
-    return {task.name: found.get(task.name, mean) for task in tasks}
+    return {task.name: mean if task.unknown_below is None else task.unknown_below for task in tasks}
+
+
+def mean_threshold(tasks: Iterable[TaskRecord]) -> float | None:
+    """One familiarity for all tasks: the mean of theirs, each weighted by its held-back images.
+
+    None where no task has held-back images.
+    """
+    found = [(t.unknown_below, max(t.held_back_images, 1)) for t in tasks if t.unknown_below is not None]
+    return sum(below * images for below, images in found) / sum(n for _, n in found) if found else None
 
 
 def rows_of(tasks: Sequence[TaskRecord], classes: Sequence[str]) -> tuple[Tensor, Tensor]:

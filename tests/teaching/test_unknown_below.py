@@ -11,7 +11,7 @@ from command_line import assert_refused, images
 from small_tasks import Patterns, learned, reloaded, three_tasks
 
 from duallora import ContinualLearner, DualLoRAError
-from duallora.outputs import unknown_thresholds
+from duallora.outputs import mean_threshold, unknown_thresholds
 from duallora.teaching.measure import Measured
 from duallora.teaching.unknown import unknown_below
 
@@ -69,6 +69,7 @@ def test_lessons_without_images_take_the_mean_of_the_others(learner):
         replace(one, name="c"),
     ]
     assert unknown_thresholds(records) == pytest.approx({"a": 0.2, "b": 0.6, "c": 0.3})
+    assert mean_threshold(records) == pytest.approx(0.3) and mean_threshold([one, two]) is None
 
 
 def test_learn_prints_it_and_predict_uses_it(call, tmp_path):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from duallora.explaining.explain import Explanation
 
 BELOW = 0.2
-"""Familiarity below which an answer is unknown, unless the slider says otherwise."""
+"""Familiarity below which an answer is unknown, where neither the model nor the slider says otherwise."""
 
 DOUBTFUL = 0.5
 """By the formula of the familiarity, 95 of 100 images of the classes taught lie above."""

@@ -17,6 +17,7 @@ from duallora.app.undo_question import Step, first_lesson, lesson_name, quoted, 
 from duallora.app.uploads import Uploads
 from duallora.data.decoding import Decoders
 from duallora.errors import DualLoRAError
+from duallora.outputs import mean_threshold
 from duallora.storage import checkpoint
 from duallora.storage.regular import read_text
 from duallora.training import EVALUATION_BATCH
@@ -89,6 +90,10 @@ class Session:
         """What the model knows."""
         model = self.newest()
         return [] if model is None else list(model.learner.classes)
+
+    def unknown_below(self) -> float | None:
+        """The familiarity below which an image is unknown by the model's held-back images; None without."""
+        return mean_threshold(self.tasks())
 
     def about(self) -> dict[str, Any] | None:
         """As ``duallora inspect --json``; None where there is no model yet."""

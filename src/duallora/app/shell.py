@@ -11,7 +11,7 @@ import gradio as gr
 
 from duallora.app import html
 from duallora.app.session import Session
-from duallora.app.visitors import Visitors
+from duallora.app.visitors import Visitor, Visitors
 from duallora.errors import DualLoRAError
 
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
@@ -28,10 +28,14 @@ class Shell:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.visitors = Visitors(session.uploads)
-        self._parts: list[tuple[Any, Callable[[], Any]]] = []
+        self._parts: list[tuple[Any, Callable[[Visitor], Any]]] = []
 
     def follows(self, component: Any, value: Callable[[], Any]) -> Any:
         """A component that is drawn anew whenever the model may have changed; gives the component."""
+        return self.follows_for_each(component, lambda _: value())
+
+    def follows_for_each(self, component: Any, value: Callable[[Visitor], Any]) -> Any:
+        """The same where open pages may show other values."""
         self._parts.append((component, value))
         return component
 
@@ -66,12 +70,12 @@ class Shell:
         """The components of :meth:`refresh`."""
         return [component for component, _ in self._parts]
 
-    def refresh(self) -> list[Any]:
+    def refresh(self, request: gr.Request) -> list[Any]:
         """New values for all parts; one that cannot be drawn says why."""
-        values = []
+        visitor, values = self.visitors.of(request.session_hash), []
         for component, value in self._parts:
             try:
-                values.append(value())
+                values.append(value(visitor))
             except Exception as error:
                 values.append(sentence_of(error) if isinstance(component, gr.HTML) else gr.skip())
         return values

@@ -17,6 +17,7 @@ from duallora.app.seen_file import opened
 from duallora.app.shell import PRIVATE, Shell, sentence_of, sentences
 from duallora.app.uploads import Found
 from duallora.app.view_example import Offer, knows_example
+from duallora.app.visitors import Visitor
 from duallora.app.watching import Steps, watched
 from duallora.data.images import is_image_name
 from duallora.data.unreadable import left_out
@@ -25,6 +26,8 @@ from duallora.training import EVALUATION_BATCH
 
 _TOP = 5
 _MOST_IMAGES = 5_000
+_STEP = 0.01
+_BELOW_INFO = f"Answers above it and below {DOUBTFUL} are called doubtful. 0 never says unknown."
 _NO_PICTURE = "Drop, choose or paste a picture, and what the model says of it stands here."
 
 
@@ -68,16 +71,17 @@ class Try:
         with self.shell.follows(gr.Column(visible=False, elem_id="example-offer"), self._knows_example):
             gr.HTML(html.paragraph("Or try one of these drawings, which the model has not seen:"))
             self.offer = Offer(self.shell, "offer-more")
-        self.below = gr.Slider(
+        slider = gr.Slider(
             0,
             1,
             value=BELOW,
-            step=0.05,
+            step=_STEP,
             label="Unknown below a familiarity of",
-            info=f"Answers above it and below {DOUBTFUL} are called doubtful. 0 never says unknown.",
+            info=_BELOW_INFO,
             buttons=[],
             elem_id="unknown-below",
         )
+        self.below = self.shell.follows_for_each(slider, self._own_below)
 
     def connect(self) -> None:
         """Joins inputs and handlers."""
@@ -94,6 +98,17 @@ class Try:
 
     def _knows_example(self) -> Any:
         return gr.update(visible=knows_example(self.session.classes()))
+
+    def _own_below(self, visitor: Visitor) -> Any:
+        """Sets the slider to the model's own value; where that is as before, what the user chose stays."""
+        own = self.session.unknown_below()
+        if own == visitor.unknown_below:
+            return gr.skip()
+        visitor.unknown_below = own
+        if own is None:
+            return gr.update(value=BELOW, info=_BELOW_INFO)
+        value = max(round(own, 2), _STEP)  # 0 would never say unknown
+        return gr.update(value=value, info=f"{value:.2f} is this model's own value. {_BELOW_INFO}")
 
     def on_picture(self, payload: dict[str, Any] | None, below: float, request: gr.Request) -> list[Any]:
         """What is on one picture; what was said of the one before is gone."""

@@ -23,11 +23,14 @@ class Visitor:
         shown: the copy of the picture in the view Try; empty or one.
         waiting: copies that were given and are not used up: they are being looked at, or what was wanted of
             them failed, and their field still holds them.
+        unknown_below: the model's own value when the slider for unknown images was last set to it; None where
+            the slider is as the page begins.
     """
 
     draft: Draft = field(default_factory=Draft)
     shown: set[Path] = field(default_factory=set)
     waiting: set[Path] = field(default_factory=set)
+    unknown_below: float | None = None
 
 
 class Visitors:
