@@ -340,6 +340,11 @@ def test_a_size_that_does_not_fit_names_the_nearest(size, near):
         load_backbone(SMALL, image_size=size)  # before any download
 
 
+def test_a_size_that_no_saved_model_may_have_is_refused():
+    with pytest.raises(DualLoRAError, match="at most 1536 pixels, not 1600"):
+        load_backbone(image_size=1600)
+
+
 def test_images_are_prepared_as_asked():
     plain = load_backbone(SMALL, pretrained=False).info
     other = load_backbone(

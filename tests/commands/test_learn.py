@@ -185,6 +185,20 @@ def test_the_embedded_backbone_is_named_as_small(capsys: pytest.CaptureFixture[s
     assert json.loads(call("inspect", tmp_path / "model", "--json").out)["backbone"]["name"] == "embedded"
 
 
+def test_a_model_keeps_the_size_of_its_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call = caller(capsys)
+    model, folder = tmp_path / "model", images(tmp_path / "pets", ["cat", "dog"], 2)
+    assert_refused(call("learn", model, folder, "--image-size", 36), "36 x 36 do not fit", "image size is 32")
+    assert not model.exists()
+    assert call("learn", model, folder, "--image-size", 32, "--epochs", 1).code == 0
+    backbone = json.loads(call("inspect", model, "--json").out)["backbone"]
+    assert backbone["name"] == "embedded" and backbone["input_size"] == [3, 32, 32]
+    assert ContinualLearner.load(model, device="cpu").backbone.grid == (4, 4)
+    refused = call("learn", model, folder, "--name", "more", "--image-size", 64)
+    assert_refused(refused, "takes images of 32 x 32 pixels, not of --image-size 64", "a new model")
+    assert call("learn", model, folder, "--name", "more", "--image-size", 32, "--epochs", 1).code == 0
+
+
 @pytest.mark.parametrize(("family", "said"), [("siglip", True), ("vit", False)])
 def test_a_final_feature_other_than_the_class_token_is_said(
     call: Call, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: bool

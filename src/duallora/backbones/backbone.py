@@ -14,6 +14,8 @@ from duallora.backbones.info import BackboneInfo, Normalization
 from duallora.backbones.sources import EMBEDDED, EMBEDDED_FILE, load_model
 from duallora.backbones.timm_families import describe_pooling, positions, prepared
 from duallora.backbones.weight_file import state_sha256
+from duallora.errors import DualLoRAError
+from duallora.storage.soundness import LARGEST_SIDE
 
 __all__ = ["EMBEDDED", "EMBEDDED_FILE", "Backbone", "BackboneInfo", "load_backbone", "state_sha256"]
 
@@ -186,7 +188,8 @@ def load_backbone(
 
     Raises:
         DualLoRAError: a name that is unknown, untagged or of an unsupported family, weights that cannot be
-            downloaded, a file that cannot be read or does not fit, a size that does not fit the patches.
+            downloaded, a file that cannot be read or does not fit, a size that does not fit the patches or is
+            above 1,536.
     """
     if isinstance(name, BackboneInfo):
         file = name.file if file is None else file
@@ -194,6 +197,8 @@ def load_backbone(
         model, found = load_model(name.name, path, size=name.input_size[1:], known=name)
         return Backbone(model, replace(name, sha256=found.sha256, file=found.file))
     path = None if file is None else Path(file)
+    if image_size is not None and image_size > LARGEST_SIDE:  # a model of such could not be loaded again
+        raise DualLoRAError(f"the image size must be at most {LARGEST_SIDE} pixels, not {image_size}.")
     size = None if image_size is None else (image_size, image_size)
     model, info = load_model(name, path, pretrained=pretrained, size=size)
     return Backbone(model, info.prepared(normalization, crop_pct, interpolation))

@@ -20,6 +20,7 @@ def app(
     method: MethodChoice | None = None,
     backbone: str | None = None,
     backbone_file: Path | None = None,
+    image_size: int | None = None,
     augment: str | None = None,
     seed: int | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -34,6 +35,8 @@ def app(
         method: what learns
         backbone: of a new model, embedded (default) or a timm ViT by its full tag
         backbone_file: local .safetensors file with the backbone's weights, copied into the model
+        image_size: of a new model, height and width of the input in pixels, where it is not that of the
+            pre-training
         augment: views of the training images: crop, crop=SHARE and flip joined by a comma, or none (new
             models: crop,flip)
         seed: of initialisation, image order and augmentation (new models: 0)
@@ -47,7 +50,7 @@ def app(
     from duallora.sharing.place import own_folder
     from duallora.teaching.model_request import ModelRequest
 
-    request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
+    request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device, image_size)
     serve(own_folder(model), request, port, console.line, open_, not no_token)
 
 

@@ -39,6 +39,7 @@ def learn(
     method: MethodChoice | None = None,
     backbone: str | None = None,
     backbone_file: Path | None = None,
+    image_size: int | None = None,
     augment: str | None = None,
     seed: int | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -47,7 +48,8 @@ def learn(
     """Teach a folder of images to a saved model, or to a new one.
 
     Without val/, every tenth image of each class is held back to measure accuracy on. A model keeps its
-    method and backbone; epochs, batch size, learning rates, seed and augmentation can be set for each task.
+    method, backbone and image size; epochs, batch size, learning rates, seed and augmentation can be set for
+    each task.
 
     Args:
         model: folder of the saved model; created when it does not exist
@@ -60,6 +62,8 @@ def learn(
         method: what learns
         backbone: of a new model, embedded (default) or a timm ViT by its full tag
         backbone_file: local .safetensors file with the backbone's weights, copied into the model
+        image_size: of a new model, height and width of the input in pixels, where it is not that of the
+            pre-training
         augment: views of the training images: crop, crop=SHARE and flip joined by a comma, or none (new
             models: crop,flip)
         seed: of initialisation, image order and augmentation (new models: 0)
@@ -81,7 +85,7 @@ def learn(
     from duallora.teaching.training_images import TrainingImages, labelled
 
     progress = Progress()
-    request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device)
+    request = ModelRequest(method or UNSAID, backbone, backbone_file, seed, augment, device, image_size)
     _check_names(request.stored(own_folder(model)), model, name, check)
     skip = skip_bad_images or dry_run  # which lists them
     images = TrainingImages.read(folder, progress, skip_bad_images=skip)

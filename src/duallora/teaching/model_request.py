@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duallora.backbones.backbone import EMBEDDED, load_backbone
 from duallora.errors import DualLoRAError
 from duallora.learner import ContinualLearner
 from duallora.storage import checkpoint
@@ -29,6 +30,7 @@ class ModelRequest:
     seed: int | None = None
     augment: str | None = None
     device: str = "auto"
+    image_size: int | None = None
 
     def stored(self, model: Path) -> dict[str, Any] | None:
         """What the saved model says of itself; None where there is none yet.
@@ -56,8 +58,10 @@ class ModelRequest:
         """
         if self.stored(model) is not None:
             return ContinualLearner.load(model, device=self.device, progress=progress)
+        name = self.backbone or EMBEDDED
+        sized = self.image_size is not None
         return ContinualLearner(
-            self.backbone or "embedded",
+            load_backbone(name, self.backbone_file, image_size=self.image_size) if sized else name,
             self.method.config(),
             self.seed or 0,
             backbone_file=self.backbone_file,
@@ -75,10 +79,15 @@ class ModelRequest:
             yield
 
     def _check_backbone(self, stored: dict[str, Any]) -> None:
-        name, sha256 = stored["name"], stored["sha256"]
+        name, sha256, (_, height, width) = stored["name"], stored["sha256"], stored["input_size"]
         remedy = "leave it out, or teach the folder to a new model."
         if self.backbone is not None and self.backbone != name:
             raise DualLoRAError(f"the model was made with --backbone {name}, not {self.backbone}; {remedy}")
+        if self.image_size is not None and {self.image_size} != {height, width}:
+            raise DualLoRAError(
+                f"the model takes images of {height} x {width} pixels, not of --image-size "
+                f"{self.image_size}; {remedy}"
+            )
         if self.backbone_file is None:
             return
         try:
