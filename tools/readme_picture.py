@@ -92,7 +92,7 @@ def lesson(number: int, task: streams.Task) -> list[str]:
 
 
 def line(label: str, colour: str, accuracies: list[float], above: bool) -> list[str]:
-    """A method's accuracies, a point under each lesson, the label on the last piece of the line."""
+    """A method's accuracies, a point under each lesson, the label under the last piece of the line."""
     points = [(LEFT + 90 + COLUMN * number, height(value)) for number, value in enumerate(accuracies)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="3"/>']
@@ -101,7 +101,7 @@ def line(label: str, colour: str, accuracies: list[float], above: bool) -> list[
         share = f"{100 * value:.0f} %"
         parts.append(text(x, y + (-11 if above else 23), share, anchor="middle", fill=colour, weight="bold"))
     x, y = points[-1]
-    parts.append(text(x - 30, y + (24 if above else -28), label, anchor="end", fill=colour, weight="bold"))
+    parts.append(text(x - 30, y + 24, label, anchor="end", fill=colour, weight="bold"))
     return parts
 
 
