@@ -27,7 +27,7 @@ from command_line import Call, images
 
 from duallora import DualLoRAError
 from duallora.app import twins
-from duallora.app.answer_report import BELOW, shown
+from duallora.app.answer_report import shown
 from duallora.app.answers import Answer
 from duallora.app.image_field import chosen
 from duallora.app.intake import Draft
@@ -331,33 +331,6 @@ def test_everything_that_was_answered_is_deleted(shell: Shell, uploads: Uploads,
     assert not button["visible"]
     view.on_picture(None, 0.0, A)
     assert kept(uploads) == ["a.zip"]
-
-
-def test_the_slider_begins_at_the_models_own_value_and_stays_where_it_was_put(
-    shell: Shell, call: Call, tmp_path: Path
-) -> None:
-    with gr.Blocks():
-        view = Try(shell)
-    place = next(i for i, part in enumerate(shell.parts) if part is view.below)
-    model = shell.session.folder
-    words = ("--epochs", 1, "--method.min_steps", 0, "--method.energy_threshold", 0.7)
-
-    def slider(who: Any = A) -> Any:
-        return shell.refresh(who)[place]
-
-    skipped, plain = gr.skip(), view.below.info
-    assert view.below.value == BELOW and slider() == skipped  # there is no model
-    assert call("learn", model, images(tmp_path / "few", ["cat", "dog"], 4), *words).code == 0
-    assert slider() == skipped  # it held no images back
-    assert call("learn", model, images(tmp_path / "many", ["owl", "yak"], 30, seed=1), *words).code == 0
-    (own,) = [task.unknown_below for task in shell.session.tasks() if task.unknown_below is not None]
-    moved = slider()
-    assert moved["value"] == pytest.approx(own, abs=0.01) and moved["value"] > 0
-    assert moved["info"].startswith(f"{moved['value']:.2f} is this model's own value. ")
-    assert slider() == skipped  # whatever the user has chosen meanwhile
-    assert slider(B) == moved
-    assert call("undo", model).code == 0
-    assert slider() == gr.update(value=BELOW, info=plain)
 
 
 def draft_check(folder: Path) -> Any:

@@ -107,7 +107,8 @@ def _checked(stream: Stream, entry: StreamEntry) -> Stream:
         train, test = ([getattr(task, part) for task in stream] for part in ("train", "test"))
         hash_of = read_once()
         refuse_two_labels((each for view in [*train, *test] for each in view.labelled), hash_of)
-        warn_of_copies(*([f for view in views for f in view.files] for views in (train, test)), hash_of)
+        learned, tested = ([file for view in views for file in view.files] for views in (train, test))
+        warn_of_copies(learned, tested, hash_of)
     return stream
 
 
