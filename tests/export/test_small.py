@@ -38,7 +38,7 @@ def digits() -> streams.Stream:
 @pytest.fixture(scope="module")
 def saved(digits: streams.Stream, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned two tasks of digits on the embedded backbone."""
-    config = DualLoRAConfig(rank=4, residual="none", epochs=1)
+    config = DualLoRAConfig(rank=4, residual="none", epochs=1, min_steps=0)
     learner = ContinualLearner("embedded", config, device="cpu", augment="none")
     for task in digits.tasks:
         learner.learn(task.train)
