@@ -23,6 +23,8 @@ SITE := build/site
 run: $(VENV)/.installed-report
 	$(BIN)/duallora run --stream digits --backbone embedded --out $(OUT)
 
+# mypy checks in as many processes as the tests have; before version 2 it knows no such thing and takes one.
+lint: export MYPY_NUM_WORKERS ?= 2
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

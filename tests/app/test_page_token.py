@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import stat
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
 import pytest
-from app_tools import running_app
 
 from duallora.app.page_token import TokenNeeded, opener
-from duallora.app.server import LocalOnly
+from duallora.app.server import LocalOnly, create_app
+from duallora.app.session import Session
+from duallora.app.uploads import Uploads
+from duallora.teaching.method_choice import MethodChoice
+from duallora.teaching.model_request import ModelRequest
 
 starlette = pytest.importorskip("starlette.testclient", reason="the extra app is not installed")
 TOKEN = "t" * 43  # fixed: all processes that test have to collect the same names
@@ -105,18 +109,23 @@ def test_a_browser_is_given_no_token_as_an_argument(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_files_of_the_user_are_not_copied_by_a_hand_written_request(tmp_path: Path) -> None:
+def test_files_of_the_user_are_not_copied_by_a_hand_written_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradio copies what a request names into its temporary folder unless its own check is on."""
     pytest.importorskip("gradio", reason="the extra app is not installed")
-    import httpx
 
     secret, temporary = tmp_path / "secret.svg", tmp_path / "tmp"
     secret.write_text("<svg>a secret that nobody uploaded</svg>")
     temporary.mkdir()
-    with running_app(tmp_path / "model", environment={"TMPDIR": str(temporary)}) as (address, token, _):
-        client = httpx.Client(timeout=300, base_url=address)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(temporary))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    request = ModelRequest(MethodChoice("duallora", {}), device="cpu")
+    session, address = Session(tmp_path / "model", request, Uploads(temporary)), "http://127.0.0.1:1"
+    page = create_app(session, TOKEN, 1)
+    with closing(session), starlette.TestClient(page, base_url=address, follow_redirects=False) as client:
         assert client.get("/").status_code == 401
-        assert client.get(token).status_code == 303
+        assert client.get(f"/?token={TOKEN}").status_code == 303
         config = client.get("/config").json()
         takes_files = {each["id"] for each in config["components"] if each["type"] in ("file", "image")}
         asked = 0

@@ -18,7 +18,7 @@ from small_tasks import Patterns, assert_same_outputs, small_config, three_tasks
 from tiny import IMAGE, WIDTH, tiny_backbone, tiny_images
 from torch import nn
 
-from duallora import METHODS, ContinualLearner, DualLoRAError
+from duallora import ContinualLearner, DualLoRAError
 from duallora.adapters.dual_lora import AdaptedQKV
 from duallora.adapters.moments import check_moments
 from duallora.adapters.wrapped_qkv import unwrap_attention, wrap_attention
@@ -213,7 +213,7 @@ def test_other_methods_stand_on_rotary_positions_too(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["l2p", "dualprompt", "coda-prompt"])
 def test_prompts_are_refused_where_the_table_says_so(family: Family, name: str) -> None:
     architecture = architectures(family)[0]
-    config, backbone = METHODS[name].config(), wrapped(architecture, family)
+    config, backbone = small_config(name), wrapped(architecture, family)
     if NO_PROMPTS in family.notes:
         with pytest.raises(DualLoRAError, match=rf"{architecture} has .* positions.*prompts have no place"):
             ContinualLearner(backbone, config, device="cpu")
@@ -228,7 +228,7 @@ def test_class_token_moments_are_refused_where_the_table_says_so(family: Family)
     architecture = architectures(family)[0]
     backbone = wrapped(architecture, family)
     check_moments(backbone, "tokens")
-    config = METHODS["duallora"].config(moments="class_token")
+    config = small_config("duallora", moments="class_token")
     if NO_PROMPTS in family.notes:
         with pytest.raises(DualLoRAError, match=rf"{architecture} .*--method\.moments tokens"):
             ContinualLearner(backbone, config, device="cpu")

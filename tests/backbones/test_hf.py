@@ -16,7 +16,7 @@ from small_tasks import assert_same_outputs, small_config, three_tasks, unseen
 from tiny import IMAGE, WIDTH, tiny_images
 from torch import nn
 
-from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError
+from duallora import ContinualLearner, DualLoRAError
 from duallora.backbones.backbone import BackboneInfo, load_backbone
 from duallora.backbones.catalog import FAMILIES
 from duallora.backbones.hf_files import DEFAULTS, preparation, read_config
@@ -158,7 +158,7 @@ def test_prompts_find_the_attention_they_know(name: str, folders: dict[str, Path
     learner = ContinualLearner(load_backbone(f"hf:{folders['deit']}"), small_config(name), device="cpu")
     learner.learn(three_tasks(2)[0])
     assert learner.outputs(unseen(three_tasks()[:1], 1)).heads.isfinite().all()
-    moments = DualLoRAConfig(moments="class_token", rank=4)
+    moments = small_config(moments="class_token")
     ContinualLearner(load_backbone(f"hf:{folders['vit']}"), moments, device="cpu").learn(three_tasks(2)[0])
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from command_line import Call, images
+from command_line import Call, images, taught_once
 
 
 @pytest.fixture
@@ -13,7 +14,13 @@ def pets(tmp_path: Path) -> Path:
     return images(tmp_path / "pets", ["cat", "dog"], 12)
 
 
+@pytest.fixture(scope="session")
+def model_of_pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
+    return taught_once(folder / "model", images(folder / "pets", ["cat", "dog"], 12))
+
+
 @pytest.fixture
-def model(call: Call, pets: Path, tmp_path: Path) -> Path:
-    assert call("learn", tmp_path / "model", pets, "--epochs", 1).code == 0
-    return tmp_path / "model"
+def model(call: Call, pets: Path, model_of_pets: Path, tmp_path: Path) -> Path:
+    """A copy of its own of the model that has learned the pets."""
+    return Path(shutil.copytree(model_of_pets, tmp_path / "model"))

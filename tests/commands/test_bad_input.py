@@ -37,13 +37,6 @@ def refused(call: Call, tmp_path: Path) -> Callable[..., None]:
     return check
 
 
-@pytest.fixture
-def model(call: Call, tmp_path: Path) -> Path:
-    images(tmp_path / "pets", ["cat", "dog"])
-    assert call("learn", "model", "pets", "--epochs", 1).code == 0
-    return tmp_path / "model"
-
-
 Refused = Callable[..., None]
 
 

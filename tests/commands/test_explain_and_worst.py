@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
-from command_line import assert_refused, images, on_disk
+from command_line import assert_refused, images, on_disk, taught_once
 from PIL import Image
 
-QUICK = ("--epochs", 1, "--method.min_steps", 0)
-
-
-@pytest.fixture
-def pets(call, tmp_path):
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
     """A model that knows three classes, and unseen images with wrong names of two of them."""
-    assert call("learn", tmp_path / "pets", images(tmp_path / "a", ["cat", "dog", "elk"]), *QUICK).code == 0
-    other = images(tmp_path / "b", ["cat", "dog", "elk"], 3, seed=1)
+    folder = tmp_path_factory.mktemp("template")
+    taught_once(folder / "pets", images(folder / "a", ["cat", "dog", "elk"]))
+    other = images(folder / "b", ["cat", "dog", "elk"], 3, seed=1)
     (other / "cat").rename(other / "x")
     (other / "dog").rename(other / "cat")
     (other / "x").rename(other / "dog")
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def pets(call, template, tmp_path):
+    return shutil.copytree(template, tmp_path, dirs_exist_ok=True)
 
 
 def test_pictures_are_written_and_told(call, pets):

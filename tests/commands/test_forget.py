@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from command_line import Call, assert_refused, images, on_disk
+from command_line import Call, assert_refused, images, on_disk, taught_once
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks of two classes."""
+    folder = tmp_path_factory.mktemp("template")
+    lessons = {"pets": ["cat", "dog"], "cars": ["bus", "van"]}
+    taught_once(folder / "model", *(images(folder / name, classes, 6) for name, classes in lessons.items()))
+    return folder
 
 
 @pytest.fixture
-def model(call: Call, tmp_path: Path) -> Path:
-    """Two tasks of two classes."""
-    for name, classes in (("pets", ["cat", "dog"]), ("cars", ["bus", "van"])):
-        folder = images(tmp_path / name, classes, 6)
-        assert call("learn", tmp_path / "model", folder, "--epochs", 1).code == 0
+def model(call: Call, template: Path, tmp_path: Path) -> Path:
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     return tmp_path / "model"
 
 

@@ -179,7 +179,7 @@ SMALL = Protocol(
     StreamOptions(tasks=2, classes=4, train_per_class=4),
     True,
     BackboneOptions(),
-    MethodChoice("lora", {"epochs": 1}),
+    MethodChoice("lora", {"epochs": 1, "min_steps": 0}),
     (1, 2),
     {"final_accuracy": 0.5, "tolerance": 0.005, "source": "nowhere"},
 )
@@ -200,7 +200,7 @@ def test_measured_figures_are_put_beside_the_published_ones(
     again = call("reproduce", "digits-2/lora", "--out", tmp_path / "out", "--seeds", "2")
     assert again.code == 0
     assert "after task" not in again.err  # it is there already
-    other = dataclasses.replace(SMALL, method=MethodChoice("lora", {"epochs": 2}))
+    other = dataclasses.replace(SMALL, method=MethodChoice("lora", {"epochs": 2, "min_steps": 0}))
     monkeypatch.setattr(module, "read_protocol", lambda name: other)
     refused = call("reproduce", "digits-2/lora", "--out", tmp_path / "out")
     assert refused.code == 2 and "is another run" in refused.err

@@ -40,6 +40,16 @@ def use_tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a tiny random ViT stand for every backbone: commands then take a fraction of a second."""
     for module in ("learner", "backbones.backbone"):
         monkeypatch.setattr(f"duallora.{module}.load_backbone", lambda *_: tiny_backbone())
+    monkeypatch.setattr("duallora.runs.results._SPEED_IMAGES", 4)  # nobody looks at how fast it is
+
+
+def taught_once(model: Path, *folders: Path) -> Path:
+    """Teaches a model the folders, one lesson each, on the tiny backbone; for tests that take copies of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_backbone(patch)
+        for folder in folders:
+            assert main(["learn", str(model), str(folder), "--epochs", "1"]) == 0
+    return model
 
 
 def images(folder: Path, classes: Sequence[str], count: int = 4, seed: int = 0) -> Path:

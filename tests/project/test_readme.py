@@ -20,7 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import use_tiny_backbone
+from compare_tools import in_process
 from PIL import Image
+from tiny import tiny_backbone
 
 from duallora.cli import VERBS, main
 
@@ -109,8 +112,14 @@ def test_the_readmes_commands(here: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.process
-def test_commands_at_a_glance(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_at_a_glance(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny backbone, and the runs of ``compare`` in this process: what they do is tested elsewhere."""
+    use_tiny_backbone(monkeypatch)
+    monkeypatch.setattr("duallora.backbones.backbone.load_backbone", lambda *_, **__: tiny_backbone())
+    monkeypatch.setattr("duallora.commands.compare.run_jobs", in_process([]))
+    monkeypatch.setattr("duallora.bench.timing.SHORTEST", 0.0)
     write_classes(here / "images/pets", 0, classes=2, images=12)
     write_classes(here / "images/birds", 12, classes=2, images=12)
     lines = [line for block in blocks("sh", GLANCE) for line in command_lines(block)]

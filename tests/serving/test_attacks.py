@@ -88,7 +88,7 @@ def test_a_costly_image_is_refused_and_others_are_answered() -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from duallora import ContinualLearner, FrozenConfig
 
-    learner = ContinualLearner("embedded", FrozenConfig(epochs=1), device="cpu")
+    learner = ContinualLearner("embedded", FrozenConfig(epochs=1, min_steps=0), device="cpu")
     learner.learn(three_tasks()[0])
     folder = tmp_path_factory.mktemp("served") / "model"
     learner.save(folder)

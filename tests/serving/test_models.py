@@ -37,13 +37,20 @@ from duallora.storage import checkpoint
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def model(call: Call, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned two tasks."""
     learner = new_learner(small_config())
     for task in three_tasks()[:2]:
         learner.learn(task)
-    learner.save(tmp_path / "model")
-    return tmp_path / "model"
+    folder = tmp_path_factory.mktemp("template") / "model"
+    learner.save(folder)
+    return folder
+
+
+@pytest.fixture
+def model(call: Call, template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "model"))
 
 
 def learn_more(folder: Path) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import use_tiny_backbone
@@ -29,13 +32,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         for name in set(os.environ) & {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}:
             monkeypatch.delenv(name)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # The library asks a broken hub again and again, and waits longer each time.
+        impatient = SimpleNamespace(**vars(time) | {"sleep": lambda _: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
         yield hub
 
 
-@pytest.fixture
-def shared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a saved model."""
-    use_tiny_backbone(monkeypatch)
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learner = simulated_learner(tiny_backbone(), METHODS["duallora"].config(), tasks=2, classes=2)
-    learner.save(tmp_path / "model")
-    return tmp_path / "model"
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    learner.save(folder)
+    return folder
+
+
+@pytest.fixture
+def shared_model(saved_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a saved model, a copy for each test."""
+    use_tiny_backbone(monkeypatch)
+    return Path(shutil.copytree(saved_once, tmp_path / "model"))
