@@ -10,6 +10,7 @@ import pytest
 from command_line import assert_refused, images, on_disk, taught_once
 from PIL import Image
 
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A model that knows three classes, and unseen images with wrong names of two of them."""

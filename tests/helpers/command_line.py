@@ -44,7 +44,7 @@ def use_tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def taught_once(model: Path, *folders: Path) -> Path:
-    """Teaches a model the folders, one lesson each, on the tiny backbone; for tests that take copies of it."""
+    """Teaches a model the folders, one lesson each, on the tiny backbone; tests take copies of it."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_backbone(patch)
         for folder in folders:
