@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -84,15 +84,17 @@ class ContinualLearner:
         self.machine = Machine.of(device)
         self.backbone = load_backbone(backbone, backbone_file) if isinstance(backbone, str) else backbone
         self.backbone.to(self.machine.device)
-        autocast = self.machine.autocast
+
+        def autocast() -> AbstractContextManager[None]:
+            return self.machine.autocast(self.backbone.compiled)
+
         context = MethodContext(autocast, nullcontext if exact_readouts else autocast, features)
         self.method: Method = METHODS[self.method_name].method(self.backbone, config, seed, context)
         self.preprocess = evaluation_transform(self.backbone.info)
         self.loader = ImageLoader(self.machine.device, self.machine.workers, self.machine.image_bytes)
         if self.machine.compute.compile:
             self.backbone.compile()
-        # An unknown policy is refused now, not at the first task.
-        Augmentation(self.backbone.info, augment, seed, 0)
+        Augmentation(self.backbone.info, augment, seed, 0)  # refuses an unknown policy now, not in a task
         self.tasks: list[TaskRecord] = []
         self.classes: list[str] = []
         self._unfinished: str | None = None

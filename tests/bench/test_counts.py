@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_tasks import Patterns, assert_same_state, new_learner, small_config, three_tasks
+from small_tasks import Patterns, assert_same_state, exact_learner, new_learner, small_config, three_tasks
 from tiny import tiny_backbone, tiny_images
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -164,7 +164,8 @@ def test_training_compiles_in_one_piece(
     """No graph breaks, at most one graph more for a task, and what is learned is the same to the bit."""
     if setting == "gathered":
         monkeypatch.setattr("duallora.adapters.dual_lora.STACKED_LIMIT", 4)
-    plain, compiled = (new_learner(small_config(**SETTINGS[setting])) for _ in range(2))
+    # In bf16 a processor takes its attention apart, but not in compiled passes: other rounding.
+    plain, compiled = (exact_learner(small_config(**SETTINGS[setting])) for _ in range(2))
     compiled.backbone.compile(backend=compiler, dynamic=True)
     for number, task in enumerate(three_tasks()):
         plain.learn(task)

@@ -72,10 +72,10 @@ def test_both_methods_do_learn(runs: Runs) -> None:
 
 
 def test_what_is_trained(runs: Runs) -> None:
-    """DualLoRA: B, Psi, C and a head that leads them in the first task of a domain, then heads alone.
+    """DualLoRA: B, Psi, C and two heads that lead them in the first task of a domain, then heads alone.
 
-    The heads of DualLoRA read all that class rows read; those of sequential LoRA, and the one that leads, the
-    final feature.
+    The heads of DualLoRA read all that class rows read; those of sequential LoRA, and the first of those that
+    lead, the final feature, the other the mean patch token.
     """
     dual, lora = (runs[name][1]["tasks"] for name in ("duallora", "lora"))
     layers, width, rank = 4, 192, 20
@@ -83,7 +83,7 @@ def test_what_is_trained(runs: Runs) -> None:
     factors = 10 * 2 + r + r * 2  # B of k and v; the bases of R, and C of k and v
     head, wide = 2 * (width + 1), 2 * (4 * width + 1)
     trained = [t["trainable_parameters"] for t in dual]
-    assert trained == [layers * factors * width + head, *[wide] * (TASKS - 1)]
+    assert trained == [layers * factors * width + 2 * head, *[wide] * (TASKS - 1)]
     assert [t["trainable_parameters"] for t in lora] == [layers * rank * 3 * width + head] * TASKS
 
 

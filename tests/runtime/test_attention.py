@@ -73,8 +73,8 @@ def test_only_what_is_slow_is_taken_apart(monkeypatch):
     ("precision", "compiled", "fused"), [("bf16-mixed", False, 0), ("32", False, 1), ("bf16-mixed", True, 1)]
 )
 def test_a_machine_takes_it_in_bf16_and_leaves_compiled_passes_alone(precision, compiled, fused):
-    machine = Compute("cpu", precision=precision, compile=compiled).start()
-    with Calls() as calls, machine.autocast():
+    machine = Compute("cpu", precision=precision).start()
+    with Calls() as calls, machine.autocast(compiled):
         F.scaled_dot_product_attention(*tensors(torch.bfloat16))
     assert calls.fused == fused
 

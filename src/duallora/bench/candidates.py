@@ -67,7 +67,7 @@ def bare(backbone: Backbone, machine: Machine) -> Callable[[Tensor], Tensor]:
     def call(images: Tensor) -> Tensor:
         if machine.compute.compile:
             any_batch(images)
-        with machine.autocast():
+        with machine.autocast(machine.compute.compile):
             return made(images)
 
     return call

@@ -59,7 +59,7 @@ class Colours:
         pixels = torch.lerp(_grey(pixels), pixels, saturation).clamp(0, 1)
         pixels = _turned(pixels, turn).clamp(0, 1)
         normalised: Tensor = (pixels - mean) / std
-        return normalised
+        return normalised.contiguous()  # as views without a change are: a compiler would notice
 
     def factors(self, epoch: int, index: int) -> tuple[float, float, float, float]:
         """Of brightness, contrast and saturation for one sample in one epoch, and the hue's angle."""

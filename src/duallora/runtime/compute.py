@@ -150,9 +150,9 @@ class Machine:
             return self.fabric.device
         return torch.device(self.kind) if self.kind == "cpu" else torch.device(self.kind, 0)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Inside, the backbone computes in ``precision``."""
-        if self.kind == "cpu" and self.precision == "bf16-mixed" and not self.compute.compile:
+    def autocast(self, compiled: bool = False) -> AbstractContextManager[None]:
+        """Inside, the backbone computes in ``precision``; what is ``compiled`` keeps its attention."""
+        if self.kind == "cpu" and self.precision == "bf16-mixed" and not compiled:
             return _step_by_step(self.fabric.autocast())
         return self.fabric.autocast()
 
