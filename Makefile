@@ -15,27 +15,34 @@ OUT ?= $(shell out=runs/digits; n=1; while [ -e $$out/results.json ]; do \
 # what one of them has learned.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# mypy has work for one processor for half a minute. It runs beside the tests, and what it finds comes after them.
+MYPY := $(BIN)/mypy --strict src/
+define beside_mypy
+mkdir -p build; $(MYPY) >build/mypy.txt 2>&1 & mypy=$$!; trap "kill $$mypy" INT TERM; \
+echo '$(1)'; $(1); code=$$?; wait $$mypy || code=$$?; echo '$(MYPY)'; cat build/mypy.txt; exit $$code
+endef
+
 SITE := build/site
 
-.PHONY: run lint check test docs serve-docs clean
+.PHONY: run lint style check test docs serve-docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed-report
 	$(BIN)/duallora run --stream digits --backbone embedded --out $(OUT)
 
-# mypy checks in as many processes as the tests have; before version 2 it knows no such thing and takes one.
-lint: export MYPY_NUM_WORKERS ?= 2
-lint: $(VENV)/.installed-test
+lint: style
+	$(MYPY)
+
+style: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src tests benchmarks tools
-	$(BIN)/mypy --strict src/
 
-check: lint
-	$(PYTEST) -m "not slow and not process and not browser"
+check: style
+	@$(call beside_mypy,$(PYTEST) -m "not slow and not process and not browser")
 
-test: lint
-	$(PYTEST) --durations=15
+test: style
+	@$(call beside_mypy,$(PYTEST) --durations=15)
 
 # Strict: a link, a reference or an annotation that leads nowhere ends the build.
 docs: $(VENV)/.installed-test

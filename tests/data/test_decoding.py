@@ -75,7 +75,10 @@ def test_sentences_are_those_of_this_process(decoders: Decoders, tmp_path: Path)
         decoders.decode(photo(size=(1200, 1000)), "huge")
 
 
-@pytest.mark.parametrize("fault", ["never ends", "swells", "crashes"])
+@pytest.mark.parametrize(
+    "fault",
+    ["crashes", *(pytest.param(name, marks=pytest.mark.process) for name in ("never ends", "swells"))],
+)
 def test_a_decoder_with_an_unknown_fault_takes_nothing_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

@@ -119,7 +119,7 @@ def expected(samples: Drawn, asked: list[Chunk]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("forks", [True, False], ids=["forks", "threads"])
 @pytest.mark.parametrize("keep", ["images", "nothing"])
-@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2, pytest.param(4, marks=pytest.mark.process)])
 def test_batches_are_equal_with_any_number_of_workers(
     workers: int, keep: Any, forks: bool, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_tasks import Patterns, learned, new_learner, small_config, three_tasks
+from small_tasks import EVERY_METHOD, Patterns, learned, new_learner, small_config, three_tasks
 from tiny import FAMILIES, IMAGE, tiny_backbone
 from torch.nn import functional as F
 
-from duallora import METHODS, DualLoRAError
+from duallora import DualLoRAError
 from duallora.data.transforms import EvaluationTransform
 from duallora.explaining.attention import AttentionWeights, relevance
 from duallora.explaining.explain import explain
@@ -77,7 +77,7 @@ def test_only_passes_of_this_thread_with_gradients_are_noted():
     assert len(seen.maps) == 1
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_every_method_explains_its_answer_and_stays_as_it_is(name):
     learner = learned(name, three_tasks(4)[:2])
     before = {key: value.clone() for key, value in learner.method.state().items()}

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import IMAGE, tiny_backbone, tiny_images
 from torch.utils.data import Dataset
@@ -16,6 +17,10 @@ from duallora import METHODS, ContinualLearner, DualLoRAConfig, MethodConfig
 from duallora.outputs import Outputs
 from duallora.runtime.compute import Compute
 from duallora.streams.task import TaskDataset, as_task_dataset, concatenated
+
+_FEW = ("duallora", "joint", "l2p", "slca", "ranpac")
+EVERY_METHOD = [name if name in _FEW else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+"""All methods, for a test that `make check` tries on a few that have little in common."""
 
 TIMES = ("learned_at", "prepare_seconds", "learn_seconds", "consolidate_seconds")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_tasks import Patterns, new_learner, small_config, taught, three_tasks
+from small_tasks import EVERY_METHOD, Patterns, new_learner, small_config, taught, three_tasks
 
-from duallora import METHODS, training
+from duallora import training
 from duallora.methods.best_epoch import BestEpoch
 
 
@@ -42,7 +42,7 @@ def test_it_looks_at_most_ten_times_and_after_the_last_epoch(epochs):
     assert looks[-1] == epochs and min(epochs, 5) <= len(looks) <= 10
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_where_later_epochs_are_worse_an_earlier_one_is_kept(name, monkeypatch):
     """So many images are said to be right after each epoch, and the parameters are noted there."""
     learner = new_learner(small_config(name, epochs=4))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_tasks import Patterns, new_learner, small_config, taught
+from small_tasks import EVERY_METHOD, Patterns, new_learner, small_config, taught
 from torch.nn import functional as F
 
-from duallora import METHODS, DualLoRAError
+from duallora import DualLoRAError
 from duallora.methods.class_weights import ClassLoss, balanced
 
 LED = ("joint",)  # by two heads, whose losses are both weighed
@@ -37,7 +37,7 @@ def test_shares_of_a_batch_add_up():
     torch.testing.assert_close(parts, whole)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_every_method_trains_with_them(name, monkeypatch):
     """The losses of all images are seen once: with weights, and afterwards they are gone."""
     found = {}

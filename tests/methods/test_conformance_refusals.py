@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_tasks import (
+    EVERY_METHOD,
     Patterns,
     assert_same_outputs,
     assert_same_state,
@@ -21,7 +22,7 @@ from tiny import tiny_backbone
 from duallora import METHODS, ContinualLearner, DualLoRAError
 
 pytestmark = [
-    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.parametrize("name", EVERY_METHOD),
     pytest.mark.filterwarnings("ignore:.*no direction is left"),
 ]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_tasks import new_learner, small_config, three_tasks
+from small_tasks import EVERY_METHOD, new_learner, small_config, three_tasks
 from tampering import Edit, tamper
 from tiny import tiny_backbone
 from torch import Tensor
 
-from duallora import METHODS, ContinualLearner, DualLoRAConfig, DualLoRAError
+from duallora import ContinualLearner, DualLoRAConfig, DualLoRAError
 from duallora.classifiers.prototypes import Prototypes
 from duallora.predictions import predictions
 from duallora.storage import checkpoint
@@ -171,7 +171,7 @@ def test_overflowing_but_finite_numbers_give_no_nan(saved: Path, tmp_path: Path)
         assert 0 <= found.probability <= 1 and 0 <= found.unknown <= 1 and 0 <= found.task_confidence <= 1
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_what_every_method_saves_is_sound(tmp_path: Path, method: str) -> None:
     learner = new_learner(small_config(method))
     tasks = three_tasks()[: 1 if learner.method.all_at_once else 2]
