@@ -237,8 +237,8 @@ def _train(
     # What a head trained for this alone leads has to carry over to classes that come later: no colour of a
     # few images may stand for a class. Crops alone show them too much alike.
     crops = source.augmentation
-    led = method.leader is not None and crops is not None and crops.policy != "none"
-    colours = Colours(crops) if led and crops is not None else None
+    led = method.leader is not None
+    colours = Colours(crops) if led and crops is not None and crops.policy != "none" else None
     with closing(batches(loader, source, data, chunks, total, colours)) as found:
         for epoch in range(epochs):
             pieces = steps(epoch)

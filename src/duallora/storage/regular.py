@@ -12,7 +12,7 @@ from pathlib import Path
 
 from duallora.errors import DualLoRAError
 
-_KERNEL = (Path("/proc"), Path("/sys"))
+_KERNEL = ("/proc/", "/sys/")
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -103,23 +103,22 @@ def refuse_kernel(path: Path) -> None:
         resolved = path.resolve()
     except (OSError, RuntimeError):  # a loop of links; opening it says so
         return
-    if any(resolved.is_relative_to(place) for place in _KERNEL):
-        raise NotRegular(_of_the_system(path))
+    _refuse_place(resolved, path)
 
 
 def _refuse_opened(descriptor: int, path: str | Path) -> None:
     """As `refuse_kernel`, for a file that is open: the kernel says where it lies, without a walk."""
     try:
-        place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
     except OSError:  # no such view of open files on this system
         refuse_kernel(Path(path))
         return
-    if place.startswith(tuple(f"{kernel}/" for kernel in _KERNEL)):
-        raise NotRegular(_of_the_system(path))
+    _refuse_place(place, path)
 
 
-def _of_the_system(path: str | Path) -> str:
-    return f"{path} is of the system, not a file on a disk: name another one"
+def _refuse_place(place: Path, path: str | Path) -> None:
+    if f"{place}/".startswith(_KERNEL):
+        raise NotRegular(f"{path} is of the system, not a file on a disk: name another one")
 
 
 def _require_kind(path: str | Path) -> None:

@@ -16,9 +16,7 @@ Hash = Callable[[Path], str]
 """What files of the same bytes have in common, and no other has."""
 
 
-def warn_of_copies(
-    train: Iterable[Path | None], test: Iterable[Path | None], hash_of: Hash | None = None
-) -> None:
+def warn_of_copies(train: Iterable[Path | None], test: Iterable[Path | None], hash_of: Hash) -> None:
     """Counts test images that are also training images under another name, and says so in one warning.
 
     Only files of equal size are read.
@@ -26,9 +24,9 @@ def warn_of_copies(
     Args:
         train: files to learn from; None for images that come from no file.
         test: files to test on.
-        hash_of: of a file, where one is shared with :func:`.refuse_two_labels`; see :func:`read_once`.
+        hash_of: of a file, from :func:`read_once`; that of :func:`.refuse_two_labels`.
     """
-    found = copies(train, test, hash_of or read_once())
+    found = copies(train, test, hash_of)
     if found:
         told = "1 image to test on is" if len(found) == 1 else f"{len(found):,} images to test on are"
         first, twin = found[0]
