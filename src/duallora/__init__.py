@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from duallora.errors import CheckFailed, DualLoRAError
     from duallora.learner import ContinualLearner
     from duallora.methods import METHODS, MethodConfig
-    from duallora.methods.duallora import DualLoRAConfig
+    from duallora.methods.duallora_config import DualLoRAConfig
     from duallora.methods.frozen import FrozenConfig, LinearConfig
     from duallora.methods.lora import LoRAConfig
     from duallora.outputs import Evaluation, Prediction, TaskRecord
@@ -39,7 +39,7 @@ _HOME = {
     "errors": ("CheckFailed", "DualLoRAError"),
     "learner": ("ContinualLearner",),
     "methods": ("METHODS", "MethodConfig"),
-    "methods.duallora": ("DualLoRAConfig",),
+    "methods.duallora_config": ("DualLoRAConfig",),
     "methods.frozen": ("FrozenConfig", "LinearConfig"),
     "methods.lora": ("LoRAConfig",),
     "outputs": ("Evaluation", "Prediction", "TaskRecord"),

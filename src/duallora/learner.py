@@ -25,7 +25,7 @@ from duallora.errors import DualLoRAError
 from duallora.forgetting import Forgotten, forget
 from duallora.methods import METHODS, Method, MethodConfig, MethodContext, TaskInfo, method_name
 from duallora.methods.config import RETIRED_FIELDS
-from duallora.methods.duallora import DualLoRAConfig
+from duallora.methods.duallora_config import DualLoRAConfig
 from duallora.outputs import Evaluation, Outputs, Prediction, TaskRecord, new_name, rows_of
 from duallora.predictions import evaluation, predictions
 from duallora.runtime import parallel

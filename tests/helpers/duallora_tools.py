@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from duallora.adapters.dual_lora import AdaptedQKV, DualAdapter
 from duallora.backbones.backbone import Backbone
 from duallora.methods import Batch, TaskInfo
-from duallora.methods.duallora import DualLoRA, DualLoRAConfig
+from duallora.methods.duallora import DualLoRA
+from duallora.methods.duallora_config import DualLoRAConfig
 
 DIM, TOKENS, CPU = 32, 17, torch.device("cpu")
 near = partial(assert_close, rtol=1e-4, atol=1e-5, check_dtype=False)

@@ -36,9 +36,9 @@ class Heads(Learned):
         self.tasks.append(head.to(self.device))
 
     @torch.no_grad()
-    def imprint(self, weight: Tensor, bias: Tensor) -> None:
-        """Sets the current head: weight (|Y_t|, d) and bias (|Y_t|,)."""
-        head = self.tasks[-1]
+    def imprint(self, weight: Tensor, bias: Tensor, task: int = -1) -> None:
+        """Sets the head of a task, or the current one: weight (|Y_t|, d) and bias (|Y_t|,)."""
+        head = self.tasks[task]
         head.weight.copy_(weight)  # type: ignore[operator]
         head.bias.copy_(bias)  # type: ignore[operator]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,10 +23,10 @@ from duallora.adapters.moments import Moment, TokenReader, check_moments, gather
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
 from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
-from duallora.errors import DualLoRAError
 from duallora.methods.base import Method
-from duallora.methods.config import AdapterFields, MethodConfig
 from duallora.methods.context import ALONE, MethodContext
+from duallora.methods.continuation import CONTINUED_RATE, Continuation
+from duallora.methods.duallora_config import DualLoRAConfig
 from duallora.methods.head_starts import imprint, lead, settle
 from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
 from duallora.runtime import parallel
@@ -35,52 +36,6 @@ from duallora.storage.learned import SideBySide
 RESIDUAL_RATE = 2.0
 
 Place = tuple[int, str]  # (layer, group of projections that share a second moment)
-
-
-@dataclass(frozen=True)
-class DualLoRAConfig(AdapterFields, MethodConfig):
-    """Fields of DualLoRA; the first value of a choice is the default.
-
-    Attributes:
-        head_learning_rate: learning rate of the heads, which begin as the classifiers of the rows.
-        rank: r, rank of the orthogonal adapter.
-        residual_rank: r_R, rank of the residual adapter.
-        moments: rows behind the second moments: all tokens, or the class token alone (the paper's reading).
-        energy_threshold: eps, share of a task's energy that is protected afterwards.
-        residual: where the residual adapter's bases come from; with none, all is left to O.
-        known_domain: mean familiarity of a task's images at the gate from which on they are of a known
-            domain, whose adapters the task uses and leaves alone; below it, it trains its own, and so does
-            every task above 1.
-        relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
-        gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
-        top_tasks: most residual adapters that act on one image.
-    """
-
-    positive: ClassVar[tuple[str, ...]] = ("top_tasks",)
-
-    head_learning_rate: float = 1e-3
-    residual_rank: int = 20
-    moments: Literal["tokens", "class_token"] = "tokens"
-    energy_threshold: float = 0.95
-    residual: Literal["own", "next", "protected", "none"] = "own"
-    known_domain: float = 0.25
-    relevance: Literal["gaussian", "energy"] = "gaussian"
-    gate: Literal["first", "layer", "off"] = "first"
-    top_tasks: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuses combinations that contradict each other.
-
-        Raises:
-            DualLoRAError: naming the fields.
-        """
-        super().__post_init__()
-        if not 0 < self.energy_threshold <= 1:
-            raise DualLoRAError(f"energy_threshold must lie in (0, 1], not {self.energy_threshold}.")
-        if self.first_adapted_layer == 0 and self.gate == "first" and self.residual != "none":
-            raise DualLoRAError(
-                "first_adapted_layer=0 leaves no frozen layer for gate='first'; take gate='layer' or 'off'."
-            )
 
 
 @dataclass(frozen=True)
@@ -113,6 +68,7 @@ class DualLoRA(Method):
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
         selected = config.top_tasks if config.gate != "off" else 1 << 30
         self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, groups, selected))
+        self.continuation: Continuation | None = None
         self.subspaces: dict[Place, Subspace] = {
             (layer, group): Subspace(module.dim) for layer, module in self.adapted.items() for group in groups
         }
@@ -146,18 +102,20 @@ class DualLoRA(Method):
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
-        first = self.memory.domains.uses[task.index] == task.index if self._by_domain else task.index == 0
+        owner = self.memory.domains.uses[task.index]
+        self.continuation = None
         if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
-            if first and (self._by_domain or self.config.residual == "none"):
+            if self._by_domain or (self.config.residual == "none" and task.index == 0):
                 lead(self, task)
-            for place, subspace in self.subspaces.items():
-                self._open(task, place, subspace, seen.moments[place].value)
+            if owner == task.index:
+                for place, subspace in self.subspaces.items():
+                    self._open(task, place, subspace, seen.moments[place].value)
+            else:
+                self._continue(owner, seen)
 
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
         config = self.config
-        if self.memory.domains.uses[task.index] != task.index:
-            return  # of a known domain: features stay as its first task made them, and rows where they are
         free = subspace.design(moment)
         a = free[:, : config.rank]
         candidates = {
@@ -183,6 +141,14 @@ class DualLoRA(Method):
         a, psi = (basis.float().to(self.device) for basis in starts)
         self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, moves)
 
+    def _continue(self, owner: int, seen: _Seen) -> None:
+        """In a known domain R goes on from where it is, and is told to leave features about there."""
+        for layer, group in self.subspaces:
+            self.adapted[layer].groups[group].resume(owner, moves=self.config.residual == "own")
+        patches = self.backbone.patch_columns
+        width = self.backbone.feature_dim if patches is None else patches.stop
+        self.continuation = Continuation.of(self.rows, seen.features, width)
+
     # -- during the task -------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -190,18 +156,38 @@ class DualLoRA(Method):
         named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
         rate = self.config.learning_rate
         groups = super().parameter_groups()
-        for residual, faster in ((False, 1.0), (True, RESIDUAL_RATE if self._by_domain else 1.0)):
+        first = RESIDUAL_RATE if self._by_domain else 1.0
+        faster = first if self.continuation is None else CONTINUED_RATE
+        for residual, times in ((False, 1.0), (True, faster)):
             some = [p for name, p in named if name.endswith((".c", ".psi")) == residual]
-            groups += [{"params": some, "lr": rate * faster}] if some else []
+            groups += [{"params": some, "lr": rate * times}] if some else []
         return groups
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy on the current classes, each image left out of its own row in the gate."""
+        """Cross-entropy on the current classes, each image left out of its own row in the gate.
+
+        Where R goes on learning, how far the features have moved since the task began is added.
+        """
+        own = batch.labels, batch.indices
         with self.context.autocast():
-            features = self.encode(batch.images, (batch.labels, batch.indices)).features
-        if self.leader is not None:
-            return self.leader.loss(features, batch.labels, self.class_loss)
-        return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
+            features = self.encode(batch.images, own).features
+        if self.leader is None:
+            return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
+        loss = self.leader.loss(features, batch.labels, self.class_loss)
+        if self.continuation is None:
+            return loss
+        with torch.no_grad(), self.context.autocast(), self._as_before():
+            before = self.encode(batch.images, own).features
+        return loss + self.continuation.moved(before, features)
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Inside, passes are those of the model as the last task left it."""
+        with ExitStack() as stack:
+            for module in self.adapted.values():
+                for adapter in module.groups.values():
+                    stack.enter_context(adapter.as_before())
+            yield
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -215,8 +201,13 @@ class DualLoRA(Method):
             subspace.grow(seen.moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
+        uses, alike = self.memory.domains.uses, [task.index]
+        if self.continuation is not None:
+            alike = [t for t in self.rows.task.unique().tolist() if uses[t] == uses[task.index]]
+            self.continuation.follow(self.rows, seen.features, alike[:-1])
+            self.continuation = None
         self.remember(task, seen.features, seen.labels)
-        settle(self, task)
+        settle(self, alike)
         self.memory.release()
 
     @torch.no_grad()

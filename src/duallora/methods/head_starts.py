@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,14 +50,15 @@ def lead(method: Method, task: TaskInfo) -> None:
 
 
 @torch.no_grad()
-def settle(method: Method, task: TaskInfo) -> None:
-    """After :func:`lead`, with the rows of the trained features there: the head is their classifier.
+def settle(method: Method, tasks: Sequence[int]) -> None:
+    """After :func:`lead`, with the rows of the trained features there: heads are their classifiers.
 
     Args:
         method: has been trained; where nothing has led it, nothing changes.
-        task: the one being consolidated.
+        tasks: whose rows lie on features that the training has moved, the trained task among them.
     """
     if method.leader is not None:
         for heads in (method.heads, method.starts) if method.realigned else (method.heads,):
-            heads.imprint(*method.rows.linear(task.index))
+            for task in tasks:
+                heads.imprint(*method.rows.linear(task), task)
         method.leader = None
