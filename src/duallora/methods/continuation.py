@@ -26,7 +26,7 @@ from duallora.methods.drift import affine_map
 CONTINUED_RATE = 0.5
 """Learning rate of a residual adapter that goes on learning, over that of the orthogonal one."""
 
-DISTANCE_WEIGHT = 0.3
+DISTANCE_WEIGHT = 0.5
 """Of the distance that features have moved, in the loss."""
 
 
