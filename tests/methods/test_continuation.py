@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from duallora_tools import judge
 from small_tasks import Patterns, new_learner, small_config
 
 from duallora import ContinualLearner
@@ -24,6 +25,12 @@ def task_of(*names: str, seed: int) -> Patterns:
     found = Patterns(["ant", "bee"], 8, seed)
     found.classes = list(names)
     return found
+
+
+@pytest.fixture(autouse=True)
+def adapters_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A domain keeps its adapters."""
+    judge(monkeypatch, helps=True)
 
 
 @pytest.fixture(scope="module")

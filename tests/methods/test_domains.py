@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from duallora_tools import judge
 from small_tasks import (
     Patterns,
     assert_same_outputs,
@@ -23,6 +24,12 @@ from duallora.data.colours import Colours
 from duallora.data.transforms import Augmentation
 
 DEPTH = 3
+
+
+@pytest.fixture(autouse=True)
+def adapters_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A domain keeps its adapters."""
+    judge(monkeypatch, helps=True)
 
 
 def one_domain() -> list[Patterns]:

@@ -326,6 +326,18 @@ class AdaptedQKV(WrappedQKV):
             adapter.forget(task, residual)
         self.refresh()
 
+    @contextmanager
+    def without(self, task: int) -> Iterator[None]:
+        """Inside, what ``task`` added is not there, so far as it is still apart."""
+        saved = {name: dict(adapter.state_dict()) for name, adapter in self.groups.items()}
+        self.forget(task, task)
+        try:
+            yield
+        finally:
+            for name, adapter in self.groups.items():
+                adapter.load_state_dict(saved[name])
+            self.refresh()
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, 3 d_out)."""
         weights = None if self.gate is None else self.gate(x)

@@ -159,8 +159,9 @@ class GatePoint(nn.Module):
                 return torch.ones(f.shape[0], 1, device=f.device)
             # Also a sum of probabilities may be above 1, by rounding.
             found = self.rows.task_weights(f, own) if self.energy is None else self.energy.energies(f)
-            if any(task != owner for task, owner in enumerate(uses)):
-                found = torch.zeros_like(found).index_add_(1, torch.tensor(uses, device=f.device), found)
+            owners = [*uses[:tasks]]  # of a task that has no row yet an owner may be noted
+            if any(task != owner for task, owner in enumerate(owners)):
+                found = torch.zeros_like(found).index_add_(1, torch.tensor(owners, device=f.device), found)
             weights = found.clamp(max=1.0)
             if tasks > self.top_tasks:
                 value, which = weights.topk(self.top_tasks, 1)
@@ -292,7 +293,8 @@ class DynamicMemory:
                 shares = rows.task_weights(f).mean(0).cpu()
                 by_owner = torch.zeros_like(shares).index_add_(0, torch.tensor(uses[: len(shares)]), shares)
                 nearest = int(by_owner.argmax())
-                uses[task] = nearest if nearest in adapted else task
+                # A domain that two tasks share is one, though its adapters may have been taken away.
+                uses[task] = nearest if nearest in adapted or nearest in uses[nearest + 1 : task] else task
         self.domains.note(uses)
 
     def release(self) -> None:

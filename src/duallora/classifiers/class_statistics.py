@@ -168,6 +168,26 @@ class ClassStatistics(Learned):
         self.tasks = task + 1
         self._update()
 
+    @property
+    def latest_scatter(self) -> Tensor:
+        """What the latest task has added to the scatter (d, d)."""
+        return self.scatter - self._before
+
+    def exchange(self, task: int, mean: Tensor, fit: Tensor, scatter: Tensor) -> None:
+        """Gives a task other rows.
+
+        Args:
+            task: its index.
+            mean: of its rows (k, d).
+            fit: losses and distances of its images.
+            scatter: what is added to that of all rows (d, d).
+        """
+        means = self.mean.clone()
+        means[self.task == task] = mean
+        self.moments = ClassMoments(self.count, means, self.scatter + scatter)
+        self.fit[task] = fit
+        self._update()
+
     def staying(self, task: int, kept: Tensor) -> Tensor:
         """Which of all rows stay (R,), where of those of ``task`` only ``kept`` (k,) do."""
         stays = torch.ones(len(self.task), dtype=torch.bool)

@@ -11,7 +11,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
-from duallora.adapters.moments import Moment, TokenReader, check_moments, gather_moments
+from duallora.adapters.moments import TokenReader, check_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
 from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
@@ -27,25 +26,14 @@ from duallora.methods.base import Method
 from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.continuation import CONTINUED_RATE, Continuation
 from duallora.methods.duallora_config import DualLoRAConfig
-from duallora.methods.head_starts import imprint, lead, settle
+from duallora.methods.head_starts import imprint, imprint_again, lead, settle
 from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
-from duallora.runtime import parallel
+from duallora.methods.probation import Probation, loss_of_unseen
+from duallora.methods.task_pass import Place, Seen, look
 from duallora.storage.learned import SideBySide
 
 # A domain's first task may change all that its images show, which O may not: it learns so much faster.
 RESIDUAL_RATE = 2.0
-
-Place = tuple[int, str]  # (layer, group of projections that share a second moment)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a pass saw: moments, gate features by layer (n, m d), features (n, row_dim), labels (n,)."""
-
-    moments: dict[Place, Moment]
-    gate: dict[int, Tensor]
-    features: Tensor
-    labels: Tensor
 
 
 class DualLoRA(Method):
@@ -86,32 +74,63 @@ class DualLoRA(Method):
         points = {str(layer): point for layer, point in self.memory.points.items()}
         self.learned.add_module("gate", nn.ModuleDict(points))
         self.learned.add_module("domains", self.memory.domains)
+        self.probation = Probation(self.device)
+        self.learned.add_module("probation", self.probation)
 
     # -- before the task -------------------------------------------------------------------------------------
 
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass with the model as the last task left it: the head's start, gate rows, A_t and Psi_t."""
         super().prepare(task, loader)
-        seen = self._pass(loader)
-        adapted = {
-            part.task for m in self.adapted.values() for g in m.groups.values() for part in g.residuals
-        }
+        seen = look(self, loader)
         known = self.config.known_domain if self._by_domain else math.inf
-        self.memory.join(task.index, seen.gate, known, adapted)
+        self.memory.join(task.index, seen.gate, known, self._with_adapters())
+        owner = self.memory.domains.uses[task.index]
+        seen = self._proved(owner, task, seen, loader)
         imprint(self, task, seen.features, seen.labels)
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
-        owner = self.memory.domains.uses[task.index]
         self.continuation = None
-        if len(task.classes) > 1:  # a single class trains nothing, and zeros need no place
-            if self._by_domain or (self.config.residual == "none" and task.index == 0):
+        if len(task.classes) == 1:  # a single class trains nothing, and zeros need no place
+            return
+        if owner == task.index:
+            if self._by_domain:
+                self.probation.begin(self.rows, owner)
+            if self._by_domain or (self.config.residual == "none" and owner == 0):
                 lead(self, task)
-            if owner == task.index:
-                for place, subspace in self.subspaces.items():
-                    self._open(task, place, subspace, seen.moments[place].value)
-            else:
-                self._continue(owner, seen)
+            for place, subspace in self.subspaces.items():
+                self._open(task, place, subspace, seen.moments[place].value)
+        elif owner in self._with_adapters():
+            lead(self, task)
+            self._continue(owner, seen)
+
+    def _proved(self, owner: int, task: TaskInfo, seen: Seen, loader: Loader) -> Seen:
+        """Takes a domain's adapters away if its second task's images are told apart better without them.
+
+        The first task's rows are then as they were before it trained.
+
+        Returns:
+            What the task's pass sees from then on.
+        """
+        groups = [group for module in self.adapted.values() for group in module.groups.values()]
+        apart = all(owner in g.owners or not self.config.rank for g in groups)
+        if owner == task.index or owner not in self.probation or not apart or len(task.classes) == 1:
+            return seen
+        with ExitStack() as stack:
+            for module in self.adapted.values():
+                stack.enter_context(module.without(owner))
+            plain = look(self, loader)
+        classes = len(task.classes)
+        losses = [loss_of_unseen(each.features, each.labels, classes) for each in (seen, plain)]
+        if losses[0] < losses[1]:
+            self.probation.discard(owner)
+            return seen
+        for module in self.adapted.values():
+            module.forget(owner, owner)
+        self.probation.restore(self.rows, owner)
+        imprint_again(self, [owner])
+        return plain
 
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
         """Designs ``A_t`` inside the complement of earlier tasks and ``Psi_t`` where ``residual`` says."""
@@ -141,7 +160,7 @@ class DualLoRA(Method):
         a, psi = (basis.float().to(self.device) for basis in starts)
         self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, moves)
 
-    def _continue(self, owner: int, seen: _Seen) -> None:
+    def _continue(self, owner: int, seen: Seen) -> None:
         """In a known domain R goes on from where it is, and is told to leave features about there."""
         for layer, group in self.subspaces:
             self.adapted[layer].groups[group].resume(owner, moves=self.config.residual == "own")
@@ -196,7 +215,7 @@ class DualLoRA(Method):
         self.orthogonal_norm, self.residual_norm = self._norms()
         for module in self.adapted.values():
             module.merge()
-        seen = self._pass(loader, own=True)
+        seen = look(self, loader, own=True)
         for place, subspace in self.subspaces.items():
             subspace.grow(seen.moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
@@ -207,6 +226,7 @@ class DualLoRA(Method):
             self.continuation.follow(self.rows, seen.features, alike[:-1])
             self.continuation = None
         self.remember(task, seen.features, seen.labels)
+        self.probation.trained(self.rows, task.index)
         settle(self, alike)
         self.memory.release()
 
@@ -260,6 +280,7 @@ class DualLoRA(Method):
         ``Phi`` stays: what later tasks were kept away from is no property of the forgotten task alone.
         """
         super().forget(task, kept)
+        self.probation.forget(task, kept)
         for point in self.memory.points.values():
             point.forget(task, kept)
         if not bool(kept.any()):
@@ -338,6 +359,11 @@ class DualLoRA(Method):
         """Whether tasks of one domain share a residual adapter."""
         return self.config.residual != "none" and self.config.gate != "off" and self.config.known_domain <= 1
 
+    def _with_adapters(self) -> set[int]:
+        """First tasks of domains that have a residual adapter."""
+        groups = [group for module in self.adapted.values() for group in module.groups.values()]
+        return {part.task for group in groups for part in group.residuals}
+
     def _gate_points(self, layers: list[int], group: str, reader: TokenReader) -> dict[int, GatePoint]:
         """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""
         config, energy = self.config, self.config.relevance == "energy"
@@ -360,32 +386,9 @@ class DualLoRA(Method):
             if place[0] in points and place[1][-1] == "v" and points[place[0]].energy is not None
         ]
 
-    def _update_gate(self, task: TaskInfo, seen: _Seen, blocks: dict[Place, Tensor]) -> None:
+    def _update_gate(self, task: TaskInfo, seen: Seen, blocks: dict[Place, Tensor]) -> None:
         """Rows (and bases) of the task at every gate point, from the features of the pass just made."""
         by_layer = {layer: block for (layer, _), block in blocks.items()}
         for layer, point in self.memory.points.items():
             point.learn(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
-
-    @torch.no_grad()
-    def _pass(self, loader: Loader, own: bool = False) -> _Seen:
-        """A pass without gradients over the task's images.
-
-        Args:
-            loader: the task's images, evaluation view.
-            own: leave each image out of its own row in the gate (the rows of the task exist already).
-        """
-        attentions = {layer: self.backbone.attention(layer) for layer in self.adapted}
-        features, labels = [], []
-        gathered: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.points}
-        with gather_moments(self.adapted, attentions, self.memory.reader, self.config.moments) as moments:
-            for batch in loader():
-                with self.context.autocast():
-                    seen = self.encode(batch.images, (batch.labels, batch.indices) if own else None)
-                features.append(seen.features)
-                labels.append(batch.labels)
-                for layer, found in gathered.items():
-                    found.append(seen.gate_features[layer])
-        gate = {layer: parallel.gather(torch.cat(found)) for layer, found in gathered.items()}
-        joined = (parallel.gather(torch.cat(parts)) for parts in (features, labels))
-        return _Seen(moments, gate, *joined)

@@ -49,7 +49,6 @@ def lead(method: Method, task: TaskInfo) -> None:
     method.leader = Leader(columns, len(task.classes), method.generator(task.index), method.device)
 
 
-@torch.no_grad()
 def settle(method: Method, tasks: Sequence[int]) -> None:
     """After :func:`lead`, with the rows of the trained features there: heads are their classifiers.
 
@@ -58,7 +57,13 @@ def settle(method: Method, tasks: Sequence[int]) -> None:
         tasks: whose rows lie on features that the training has moved, the trained task among them.
     """
     if method.leader is not None:
-        for heads in (method.heads, method.starts) if method.realigned else (method.heads,):
-            for task in tasks:
-                heads.imprint(*method.rows.linear(task), task)
+        imprint_again(method, tasks)
         method.leader = None
+
+
+@torch.no_grad()
+def imprint_again(method: Method, tasks: Sequence[int]) -> None:
+    """Makes the heads of tasks the classifiers of their rows as they are now."""
+    for heads in (method.heads, method.starts) if method.realigned else (method.heads,):
+        for task in tasks:
+            heads.imprint(*method.rows.linear(task), task)

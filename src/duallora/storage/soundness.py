@@ -27,7 +27,7 @@ _SMALL = 64  # numbers of a configuration that ask for little, whatever they are
 _UNIT_BYTES = 3 * 4 * 12  # fp32, three projections of twelve layers: what one direction of a task may take
 _MOST_BYTES = 4 << 30
 _HEAD = re.compile(r"heads\.tasks\.(\d{1,9})\.weight")
-_NUMBERED = re.compile(r"(?:^|\.)(fit|residual|orthogonal|tasks)\.(\d+)(?:\.|$)")
+_NUMBERED = re.compile(r"(?:^|\.)(fit|residual|orthogonal|tasks|probation)\.(\d+)(?:\.|$)")
 _LAYER = re.compile(r"^(?:layers|gate|adapters)\.(\d+)\.")
 # What is beside a projection: products are made of it before anything looks at its shape.
 _MATRIX = re.compile(r"layers\..*\.(a|b|psi|c|dense|phi|basis)$")
@@ -64,6 +64,7 @@ def _first_fault(folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str
             or _matrices_fault(tensors)
             or _indices_fault(tensors, len(manifest["tasks"]))
             or _rows_fault(tensors, [len(task["classes"]) for task in manifest["tasks"]])
+            or _probation_fault(tensors, [len(task["classes"]) for task in manifest["tasks"]])
             or _heads_fault(tensors, [len(task["classes"]) for task in manifest["tasks"]])
             or _size_fault(manifest, tensors)
         )
@@ -206,6 +207,22 @@ def _rows_fault(tensors: Mapping[str, Tensor], classes: Sequence[int]) -> str | 
             tuple(forgotten.shape) != (2,) or float(forgotten[0]) != len(classes) or float(forgotten[1]) < 0
         ):
             return f"{start}forgotten names other tasks than model.json"
+    return None
+
+
+def _probation_fault(tensors: Mapping[str, Tensor], classes: Sequence[int]) -> str | None:
+    """What is noted of rows before a training has to fit the rows."""
+    for name, tensor in tensors.items():
+        if name.startswith("probation."):
+            _, task, part = name.split(".")
+            width = tensors["rows.mean"].shape[1]
+            known = {
+                "mean": (classes[int(task)], width),
+                "fit": tuple(tensors[f"rows.fit.{task}"].shape),
+                "scatter": (width, width),
+            }
+            if tuple(tensor.shape) != known[part]:
+                return f"{name} does not fit the rows"
     return None
 
 
