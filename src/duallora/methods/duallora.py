@@ -32,7 +32,7 @@ from duallora.methods.probation import Probation, loss_of_unseen
 from duallora.methods.task_pass import Place, Seen, look
 from duallora.storage.learned import SideBySide
 
-# A domain's first task may change all that its images show, which O may not: it learns so much faster.
+# In a domain's first task R may change all that its images show, which O may not: it learns so much faster.
 RESIDUAL_RATE = 2.0
 
 
