@@ -23,10 +23,10 @@ from torch import Tensor
 from duallora.classifiers.class_statistics import ClassStatistics
 from duallora.methods.drift import affine_map
 
-CONTINUED_RATE = 0.5
+CONTINUED_RATE = 0.25
 """Learning rate of a residual adapter that goes on learning, over that of the orthogonal one."""
 
-DISTANCE_WEIGHT = 0.5
+DISTANCE_WEIGHT = 1.0
 """Of the distance that features have moved, in the loss."""
 
 
