@@ -120,30 +120,6 @@ class DualAdapter(Learned):
             self.c = nn.Parameter(psi.new_zeros(psi.shape[1], self.out))
             self._open = _stack([*self.residuals, Residual(task, psi, self.c.detach())])
 
-    def resume(self, task: int, moves: bool) -> None:
-        """Opens the residual adapter of a finished task again; where it has none here, nothing is opened.
-
-        Args:
-            task: whose adapter it is.
-            moves: whether Psi is trained beside C.
-        """
-        self.current = task
-        for part in self.residuals:
-            if part.task == task:
-                self.psi = nn.Parameter(part.psi.clone(), requires_grad=moves)
-                self.c = nn.Parameter(part.c.clone())
-                others = [other for other in self.residuals if other.task != task]
-                self._open = _stack([*others, Residual(task, self.psi.detach(), self.c.detach())])
-
-    @contextmanager
-    def as_before(self) -> Iterator[None]:
-        """Inside, residual products are those of the finished tasks, as they were when this one began."""
-        opened, self._open = self._open, None
-        try:
-            yield
-        finally:
-            self._open = opened
-
     def delta_weight(self) -> Tensor | None:
         """Accumulated update ``dW = sum_j A_j B_j`` (d x out, fp32), or None before the first merge."""
         total = self.dense
@@ -197,10 +173,9 @@ class DualAdapter(Learned):
         stack, c = self._stack, None if self._stack is None else self._stack.c
         if self._open is not None and self.psi is not None and self.c is not None:
             # What is trained lies last; fixed bases, and whose they are, were laid out once.
-            stack, rank = self._open, self.psi.shape[1]
-            c = torch.cat([stack.c[:-rank], self.c])
+            stack, c = self._open, self.c if c is None else torch.cat([c, self.c])
             if self.psi.requires_grad:
-                fixed = stack.psi[:, :-rank]
+                fixed = stack.psi[:, : -self.psi.shape[1]]
                 stack = replace(stack, psi=torch.cat([fixed, self.psi], 1), bases=None)
         if stack is None or c is None:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,44 +87,6 @@ def ridge_map(before: Tensor, after: Tensor) -> Tensor:
     ridge = 0.01 * float(gram.trace()) / max(len(gram), 1)
     moved: Tensor = torch.linalg.solve(gram + ridge * eye, x.T @ (y - x))
     return eye + moved
-
-
-class Affine(NamedTuple):
-    """``p + (p - m) D + b``.
-
-    Attributes:
-        slope: D (d, d).
-        centre: m (d,).
-        step: b (d,).
-    """
-
-    slope: Tensor
-    centre: Tensor
-    step: Tensor
-
-    def __call__(self, points: Tensor) -> Tensor:
-        """(R, d) -> (R, d)."""
-        return points + (points - self.centre) @ self.slope + self.step
-
-
-def affine_map(before: Tensor, after: Tensor) -> Affine:
-    """How points of feature space move when images do; fp64, on the CPU.
-
-    ``D = (C + l I)^-1 E``, ``C = cov(x)``, ``E = cov(x, y - x)``, ``l = tr(C) / d``, m the mean of the x, b
-    that of the y - x: in directions that the images do not show, points move as the mean of the images.
-
-    Args:
-        before: features x of the task's images before training (n, d).
-        after: their features y after it (n, d).
-    """
-    x, y = before.cpu().double(), after.cpu().double()
-    centre, step = x.mean(0), (y - x).mean(0)
-    spread, moved = x - centre, y - x - step
-    covariance = spread.T @ spread / len(x)
-    ridge = max(float(covariance.diagonal().mean()), 1e-12)
-    eye = torch.eye(len(covariance), dtype=covariance.dtype)
-    slope = torch.linalg.solve(covariance + ridge * eye, spread.T @ moved / len(x))
-    return Affine(slope, centre, step)
 
 
 @torch.enable_grad()

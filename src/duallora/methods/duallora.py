@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,7 +24,6 @@ from duallora.adapters.wrapped_qkv import adapted_layers, wrap_attention
 from duallora.backbones.backbone import Backbone
 from duallora.methods.base import Method
 from duallora.methods.context import ALONE, MethodContext
-from duallora.methods.continuation import CONTINUED_RATE, Continuation
 from duallora.methods.duallora_config import DualLoRAConfig
 from duallora.methods.head_starts import imprint, imprint_again, lead, settle
 from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
@@ -32,7 +31,7 @@ from duallora.methods.probation import Probation, loss_of_unseen
 from duallora.methods.task_pass import Place, Seen, look
 from duallora.storage.learned import SideBySide
 
-# In a domain's first task R may change all that its images show, which O may not: it learns so much faster.
+# A domain's first task may change all that its images show, which O may not: it learns so much faster.
 RESIDUAL_RATE = 2.0
 
 
@@ -56,7 +55,6 @@ class DualLoRA(Method):
         groups = [config.projections] if config.moments == "tokens" else list(config.projections)
         selected = config.top_tasks if config.gate != "off" else 1 << 30
         self.adapted = wrap_attention(backbone, layers, lambda qkv: AdaptedQKV(qkv, groups, selected))
-        self.continuation: Continuation | None = None
         self.subspaces: dict[Place, Subspace] = {
             (layer, group): Subspace(module.dim) for layer, module in self.adapted.items() for group in groups
         }
@@ -91,19 +89,16 @@ class DualLoRA(Method):
         threshold = self.config.energy_threshold
         blocks = {p: s.new_block(seen.moments[p].value, threshold) for p, s in self._energy_places()}
         self._update_gate(task, seen, blocks)
-        self.continuation = None
-        if len(task.classes) == 1:  # a single class trains nothing, and zeros need no place
+        # A single class trains nothing, and zeros need no place. In a known domain features stay as its first
+        # task made them, and rows where they are.
+        if len(task.classes) == 1 or owner != task.index:
             return
-        if owner == task.index:
-            if self._by_domain:
-                self.probation.begin(self.rows, owner)
-            if self._by_domain or (self.config.residual == "none" and owner == 0):
-                lead(self, task)
-            for place, subspace in self.subspaces.items():
-                self._open(task, place, subspace, seen.moments[place].value)
-        elif owner in self._with_adapters():
+        if self._by_domain:
+            self.probation.begin(self.rows, owner)
+        if self._by_domain or (self.config.residual == "none" and owner == 0):
             lead(self, task)
-            self._continue(owner, seen)
+        for place, subspace in self.subspaces.items():
+            self._open(task, place, subspace, seen.moments[place].value)
 
     def _proved(self, owner: int, task: TaskInfo, seen: Seen, loader: Loader) -> Seen:
         """Takes a domain's adapters away if its second task's images are told apart better without them.
@@ -129,7 +124,7 @@ class DualLoRA(Method):
         for module in self.adapted.values():
             module.forget(owner, owner)
         self.probation.restore(self.rows, owner)
-        imprint_again(self, [owner])
+        imprint_again(self, owner)
         return plain
 
     def _open(self, task: TaskInfo, place: Place, subspace: Subspace, moment: Tensor) -> None:
@@ -160,14 +155,6 @@ class DualLoRA(Method):
         a, psi = (basis.float().to(self.device) for basis in starts)
         self.adapted[place[0]].groups[place[1]].begin(task.index, a, psi, moves)
 
-    def _continue(self, owner: int, seen: Seen) -> None:
-        """In a known domain R goes on from where it is, and is told to leave features about there."""
-        for layer, group in self.subspaces:
-            self.adapted[layer].groups[group].resume(owner, moves=self.config.residual == "own")
-        patches = self.backbone.patch_columns
-        width = self.backbone.feature_dim if patches is None else patches.stop
-        self.continuation = Continuation.of(self.rows, seen.features, width)
-
     # -- during the task -------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -175,38 +162,18 @@ class DualLoRA(Method):
         named = [x for m in self.adapted.values() for x in m.named_parameters() if x[1].requires_grad]
         rate = self.config.learning_rate
         groups = super().parameter_groups()
-        first = RESIDUAL_RATE if self._by_domain else 1.0
-        faster = first if self.continuation is None else CONTINUED_RATE
-        for residual, times in ((False, 1.0), (True, faster)):
+        for residual, times in ((False, 1.0), (True, RESIDUAL_RATE if self._by_domain else 1.0)):
             some = [p for name, p in named if name.endswith((".c", ".psi")) == residual]
             groups += [{"params": some, "lr": rate * times}] if some else []
         return groups
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy on the current classes, each image left out of its own row in the gate.
-
-        Where R goes on learning, how far the features have moved since the task began is added.
-        """
-        own = batch.labels, batch.indices
+        """Cross-entropy on the current classes, each image left out of its own row in the gate."""
         with self.context.autocast():
-            features = self.encode(batch.images, own).features
-        if self.leader is None:
-            return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
-        loss = self.leader.loss(features, batch.labels, self.class_loss)
-        if self.continuation is None:
-            return loss
-        with torch.no_grad(), self.context.autocast(), self._as_before():
-            before = self.encode(batch.images, own).features
-        return loss + self.continuation.moved(before, features)
-
-    @contextmanager
-    def _as_before(self) -> Iterator[None]:
-        """Inside, passes are those of the model as the last task left it."""
-        with ExitStack() as stack:
-            for module in self.adapted.values():
-                for adapter in module.groups.values():
-                    stack.enter_context(adapter.as_before())
-            yield
+            features = self.encode(batch.images, (batch.labels, batch.indices)).features
+        if self.leader is not None:
+            return self.leader.loss(features, batch.labels, self.class_loss)
+        return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -220,14 +187,9 @@ class DualLoRA(Method):
             subspace.grow(seen.moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
         self._update_gate(task, seen, blocks)
-        uses, alike = self.memory.domains.uses, [task.index]
-        if self.continuation is not None:
-            alike = [t for t in self.rows.task.unique().tolist() if uses[t] == uses[task.index]]
-            self.continuation.follow(self.rows, seen.features, alike[:-1])
-            self.continuation = None
         self.remember(task, seen.features, seen.labels)
         self.probation.trained(self.rows, task.index)
-        settle(self, alike)
+        settle(self, task)
         self.memory.release()
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ class DualLoRAConfig(AdapterFields, MethodConfig):
         energy_threshold: eps, share of a task's energy that is protected afterwards.
         residual: where the residual adapter's bases come from; with none, all is left to O.
         known_domain: mean familiarity of a task's images at the gate from which on they are of a known
-            domain, whose residual adapter goes on learning; below it, the task opens adapters of its own,
-            and above 1 every task does.
+            domain, whose adapters the task uses and leaves alone; below it, it trains its own, and so does
+            every task above 1.
         relevance: what gates it: Gaussian rows, or energy in the tasks' bases (the paper's reading).
         gate: where the gate reads: once at the first adapted layer, at each one, or nowhere (all weights 1).
         top_tasks: most residual adapters that act on one image.

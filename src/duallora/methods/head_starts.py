@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,21 +48,20 @@ def lead(method: Method, task: TaskInfo) -> None:
     method.leader = Leader(columns, len(task.classes), method.generator(task.index), method.device)
 
 
-def settle(method: Method, tasks: Sequence[int]) -> None:
-    """After :func:`lead`, with the rows of the trained features there: heads are their classifiers.
+def settle(method: Method, task: TaskInfo) -> None:
+    """After :func:`lead`, with the rows of the trained features there: the head is their classifier.
 
     Args:
         method: has been trained; where nothing has led it, nothing changes.
-        tasks: whose rows lie on features that the training has moved, the trained task among them.
+        task: the one being consolidated.
     """
     if method.leader is not None:
-        imprint_again(method, tasks)
+        imprint_again(method, task.index)
         method.leader = None
 
 
 @torch.no_grad()
-def imprint_again(method: Method, tasks: Sequence[int]) -> None:
-    """Makes the heads of tasks the classifiers of their rows as they are now."""
+def imprint_again(method: Method, task: int) -> None:
+    """Makes the head of a task the classifier of its rows as they are now."""
     for heads in (method.heads, method.starts) if method.realigned else (method.heads,):
-        for task in tasks:
-            heads.imprint(*method.rows.linear(task), task)
+        heads.imprint(*method.rows.linear(task), task)

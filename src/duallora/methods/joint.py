@@ -48,4 +48,4 @@ class Joint(Method):
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """One pass; the head becomes the classifier of the rows."""
         super().consolidate(task, loader)
-        settle(self, [task.index])
+        settle(self, task)
