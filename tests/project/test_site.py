@@ -17,6 +17,7 @@ NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_the_site_has_no_broken_link_or_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
