@@ -159,6 +159,14 @@ def test_a_class_that_is_forgotten_has_no_earlier_row_either(monkeypatch: pytest
     assert 0 not in probation(learner)
 
 
+def test_only_the_latest_domain_is_on_probation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the memory decides: the second task is of another domain
+    some = tasks()
+    learner = learner_of([some[0], some[3]])
+    assert learner.method.memory.domains.uses == [0, 1]  # type: ignore[attr-defined]
+    assert 0 not in probation(learner) and 1 in probation(learner)
+
+
 def test_what_is_noted_has_to_fit_the_rows(tmp_path: Path) -> None:
     learner = learner_of(tasks()[:1])
     mean, fit, scatter = dict(probation(learner).groups())[0]

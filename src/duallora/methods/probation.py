@@ -3,7 +3,8 @@
 Nothing in a first task says whether what its few classes teach carries over. The next task of the domain
 does: its classes are new to the adapters. So its images are looked at with and without them, and where they
 are told apart better without, the adapters go, and rows of the first task are again what they were before
-its training. Until then these are kept beside the rows.
+its training. Until then these are kept beside the rows, of the latest domain alone: they hold a scatter, as
+large as that of all rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from duallora.storage.learned import Groups
 
 
 class Probation(Groups):
-    """Rows as they were before their task's training, of domains with one task so far, by task.
+    """Rows as they were before their task's training, of the latest domain while it has one task, by task.
 
     Means (k, d), losses and distances, and what the scatter (d, d) lacks to be that of before.
 
@@ -31,19 +32,20 @@ class Probation(Groups):
         return str(task) in self._modules
 
     def begin(self, rows: ClassStatistics, task: int) -> None:
-        """Notes the rows of a task before its training; they are the latest."""
+        """Notes the rows of a task before its training; they are the latest. Those of another go."""
+        self.clear()
         self.put(task, rows.mean[rows.task == task].clone(), rows.fit[task].clone(), rows.latest_scatter)
 
     def trained(self, rows: ClassStatistics, task: int) -> None:
         """After its training: of the scatter only the difference is of use later."""
         if task in self:
             mean, fit, scatter = dict(self.groups())[task]
-            self.put(task, mean, fit, scatter - rows.latest_scatter)
+            self.put(task, mean, fit, (scatter - rows.latest_scatter).float())
 
     def restore(self, rows: ClassStatistics, task: int) -> None:
         """Gives a task the rows that it had before its training; they are noted no longer."""
         mean, fit, scatter = dict(self.groups())[task]
-        rows.exchange(task, mean, fit, scatter)
+        rows.exchange(task, mean, fit, scatter.double())
         self.discard(task)
 
     def forget(self, task: int, kept: Tensor) -> None:
