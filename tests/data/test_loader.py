@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def test_what_fits_is_decoded_once_and_the_rest_again(workers: int, made: Any, t
     samples, passes = Drawn(tmp_path), 3
     roomy = made(workers)
     with roomy.reading(samples, EVALUATION, AUGMENTATION, keep="images") as source:
+        # Two workers may decode an image at once: the first epoch is over before another one asks for it.
+        gone_through(roomy, source, chunks(epochs=[None]))
         for _ in range(passes):
             gone_through(roomy, source, chunks(epochs=[None, 0, 1]))
     assert samples.decodes() == [1] * COUNT
@@ -291,6 +294,27 @@ def alive(pid: int) -> bool:
         return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_an_interruption_does_not_wait_for_what_has_come(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the arrival of a piece and its entry in the books: nobody may wait for it then."""
+    loader = made(2)
+
+    def interrupted(_: Any) -> None:
+        wait(loader._workers._results)[0].recv()
+        raise KeyboardInterrupt
+
+    with loader.reading(Drawn(tmp_path), EVALUATION, AUGMENTATION) as source:
+        passing = loader.batches(source, chunks(4) * 10, COUNT * 10)
+        next(passing)
+        with monkeypatch.context() as patch:
+            patch.setattr("duallora.data.loader.Assembly.take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(passing)
+        assert loader._workers is None
+        assert len(gone_through(loader, source, chunks(4))) == len(chunks(4))
 
 
 @pytest.mark.process

@@ -210,8 +210,14 @@ class ImageLoader:
                 if not assembly:
                     return
                 yield assembly.take()
+        except (KeyboardInterrupt, SystemExit):
+            # A signal may have come between two lines: nobody knows what is under way, and waiting for what
+            # has come already would never end.
+            self.close()
+            raise
         finally:  # nothing is under way at the end of a whole pass
-            self._give_up(workers)
+            if self._workers is workers:
+                self._give_up(workers)
 
     def _give_up(self, workers: Workers) -> None:
         """Waits for what is under way, which nobody needs; ends workers that cannot be reached."""

@@ -80,7 +80,7 @@ class DualLoRA(Method):
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """One pass with the model as the last task left it: the head's start, gate rows, A_t and Psi_t."""
         super().prepare(task, loader)
-        seen = look(self, loader)
+        seen = self._pass(loader)
         known = self.config.known_domain if self._by_domain else math.inf
         self.memory.join(task.index, seen.gate, known, self._with_adapters())
         owner = self.memory.domains.uses[task.index]
@@ -115,7 +115,7 @@ class DualLoRA(Method):
         with ExitStack() as stack:
             for module in self.adapted.values():
                 stack.enter_context(module.without(owner))
-            plain = look(self, loader)
+            plain = self._pass(loader)
         classes = len(task.classes)
         losses = [loss_of_unseen(each.features, each.labels, classes) for each in (seen, plain)]
         if losses[0] < losses[1]:
@@ -182,7 +182,7 @@ class DualLoRA(Method):
         self.orthogonal_norm, self.residual_norm = self._norms()
         for module in self.adapted.values():
             module.merge()
-        seen = look(self, loader, own=True)
+        seen = self._pass(loader, own=True)
         for place, subspace in self.subspaces.items():
             subspace.grow(seen.moments[place].value, self.config.energy_threshold)
         blocks = {place: subspace.block(task.index) for place, subspace in self._energy_places()}
@@ -354,3 +354,12 @@ class DualLoRA(Method):
         for layer, point in self.memory.points.items():
             point.learn(task.index, seen.gate[layer], seen.labels, len(task.classes), by_layer.get(layer))
         self.memory.tasks = task.index + 1
+
+    def _pass(self, loader: Loader, own: bool = False) -> Seen:
+        """A pass over the task's images; ``own`` leaves each out of its own row in the gate."""
+
+        def encode(batch: Batch) -> Encoding:
+            with self.context.autocast():
+                return self.encode(batch.images, (batch.labels, batch.indices) if own else None)
+
+        return look(loader, encode, self.memory, self.adapted, self.backbone, self.config.moments)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from duallora.adapters.dual_lora import AdaptedQKV
+from duallora.adapters.dynamic_memory import DynamicMemory
 from duallora.adapters.moments import Moment, gather_moments
-from duallora.methods.interface import Loader
+from duallora.backbones.backbone import Backbone
+from duallora.methods.interface import Batch, Encoding, Loader
 from duallora.runtime import parallel
-
-if TYPE_CHECKING:
-    from duallora.methods.duallora import DualLoRA
 
 Place = tuple[int, str]
 """Layer, and the group of its projections that share a second moment."""
@@ -30,22 +30,30 @@ class Seen:
 
 
 @torch.no_grad()
-def look(method: DualLoRA, loader: Loader, own: bool = False) -> Seen:
+def look(
+    loader: Loader,
+    encode: Callable[[Batch], Encoding],
+    memory: DynamicMemory,
+    adapted: Mapping[int, AdaptedQKV],
+    backbone: Backbone,
+    kind: str,
+) -> Seen:
     """A pass without gradients over a task's images.
 
     Args:
-        method: whose model makes the pass, as it is.
         loader: the task's images, evaluation view.
-        own: leave each image out of its own row in the gate (the rows of the task exist already).
+        encode: makes the pass over a batch.
+        memory: its gate reads.
+        adapted: the adapted projections by layer.
+        backbone: what they are in.
+        kind: of the moments, field ``moments``.
     """
-    memory, adapted = method.memory, method.adapted
-    attentions = {layer: method.backbone.attention(layer) for layer in adapted}
+    attentions = {layer: backbone.attention(layer) for layer in adapted}
     features, labels = [], []
     gathered: dict[int, list[Tensor]] = {layer: [] for layer in memory.points}
-    with gather_moments(adapted, attentions, memory.reader, method.config.moments) as moments:
+    with gather_moments(adapted, attentions, memory.reader, kind) as moments:
         for batch in loader():
-            with method.context.autocast():
-                seen = method.encode(batch.images, (batch.labels, batch.indices) if own else None)
+            seen = encode(batch)
             features.append(seen.features)
             labels.append(batch.labels)
             for layer, found in gathered.items():
