@@ -93,7 +93,9 @@ class DualLoRA(Method):
         # task made them, and rows where they are.
         if len(task.classes) == 1 or owner != task.index:
             return
-        if self._by_domain:
+        self.probation.clear()
+        if self._by_domain and not self._with_adapters():
+            # Beside other adapters the gate, once it knows the task, gives its images other features.
             self.probation.begin(self.rows, owner)
         if self._by_domain or (self.config.residual == "none" and owner == 0):
             lead(self, task)

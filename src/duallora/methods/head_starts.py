@@ -63,5 +63,6 @@ def settle(method: Method, task: TaskInfo) -> None:
 @torch.no_grad()
 def imprint_again(method: Method, task: int) -> None:
     """Makes the head of a task the classifier of its rows as they are now."""
-    for heads in (method.heads, method.starts) if method.realigned else (method.heads,):
-        heads.imprint(*method.rows.linear(task), task)
+    for heads in (method.heads, method.starts):
+        if task < len(heads.tasks):  # the latest has no start yet, a model that was saved without has none
+            heads.imprint(*method.rows.linear(task), task)
