@@ -67,6 +67,14 @@ def three_tasks(per_class: int = 6) -> list[Patterns]:
     return [Patterns(classes, per_class, seed) for seed, classes in enumerate(names)]
 
 
+def one_domain() -> list[Patterns]:
+    """Three tasks of two classes: the same two patterns in other noise, under other names."""
+    tasks = [Patterns(["ant", "bee"], 8, seed) for seed in range(3)]
+    for task, names in zip(tasks, (["ant", "bee"], ["cat", "dog"], ["elk", "fox"]), strict=True):
+        task.classes = names
+    return tasks
+
+
 def small_config(name: str = "duallora", **changes: Any) -> MethodConfig:
     """A configuration of a method for small tasks; ranks leave room for three tasks in 32 dimensions."""
     config = METHODS[name].config

@@ -13,6 +13,7 @@ from small_tasks import (
     assert_same_outputs,
     assert_same_state,
     new_learner,
+    one_domain,
     reloaded,
     small_config,
     tiny_backbone,
@@ -30,14 +31,6 @@ DEPTH = 3
 def adapters_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """A domain keeps its adapters."""
     judge(monkeypatch, helps=True)
-
-
-def one_domain() -> list[Patterns]:
-    """Three tasks of two classes: the same two patterns in other noise, under other names."""
-    tasks = [Patterns(["ant", "bee"], 8, seed) for seed in range(3)]
-    for task, names in zip(tasks, (["ant", "bee"], ["cat", "dog"], ["elk", "fox"]), strict=True):
-        task.classes = names
-    return tasks
 
 
 def learned(tasks: list[Patterns], **changes: Any) -> ContinualLearner:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from duallora_tools import judge
-from small_tasks import Patterns, assert_same_state, new_learner, reloaded, small_config
+from small_tasks import Patterns, assert_same_state, new_learner, one_domain, reloaded, small_config
 
 from duallora import ContinualLearner, DualLoRAError
 from duallora.adapters.dynamic_memory import DynamicMemory
@@ -20,14 +20,11 @@ DEPTH = 3
 
 def tasks() -> list[Patterns]:
     """Three of one domain, then one of another."""
-    found = [Patterns(["ant", "bee"], 8, seed) for seed in range(3)]
-    for task, names in zip(found, (["ant", "bee"], ["cat", "dog"], ["elk", "fox"]), strict=True):
-        task.classes = names
-    return [*found, Patterns(["gnu", "hen"], 8, 5)]
+    return [*one_domain(), Patterns(["gnu", "hen"], 8, 5)]
 
 
 @pytest.fixture(autouse=True)
-def one_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_of_one_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory says which tasks are of one domain, not the random weights of the backbone."""
     uses_of = DynamicMemory.join
 
@@ -169,7 +166,7 @@ def test_no_domain_is_on_probation_beside_another(monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_noted_has_to_fit_the_rows(tmp_path: Path) -> None:
     learner = learner_of(tasks()[:1])
-    mean, fit, scatter = dict(probation(learner).groups())[0]
+    mean, fit, scatter = probation(learner)[0]
     probation(learner).put(0, mean[:1], fit, scatter)
     with pytest.raises(DualLoRAError, match=r"probation\.0\.mean does not fit the rows"):
         reloaded(learner, tmp_path / "model", depth=DEPTH)

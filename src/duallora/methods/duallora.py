@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from duallora.adapters.dual_lora import AdaptedQKV, part_of_place, saved_ranks
+from duallora.adapters.dual_lora import AdaptedQKV, DualAdapter, part_of_place, saved_ranks
 from duallora.adapters.dynamic_memory import DynamicMemory, EnergyMemory, GatePoint
 from duallora.adapters.moments import TokenReader, check_moments
 from duallora.adapters.subspace import DESIGNED_SCALE, Subspace, own_directions, random_basis
@@ -110,9 +110,8 @@ class DualLoRA(Method):
         Returns:
             What the task's pass sees from then on.
         """
-        groups = [group for module in self.adapted.values() for group in module.groups.values()]
-        apart = all(owner in g.owners or not self.config.rank for g in groups)
-        if owner == task.index or owner not in self.probation or not apart or len(task.classes) == 1:
+        apart = not self.config.rank or all(owner in adapter.owners for adapter in self._adapters)
+        if owner not in self.probation or len(task.classes) == 1 or not apart:
             return seen
         with ExitStack() as stack:
             for module in self.adapted.values():
@@ -323,10 +322,14 @@ class DualLoRA(Method):
         """Whether tasks of one domain share a residual adapter."""
         return self.config.residual != "none" and self.config.gate != "off" and self.config.known_domain <= 1
 
+    @property
+    def _adapters(self) -> list[DualAdapter]:
+        """Those of all layers and groups."""
+        return [adapter for module in self.adapted.values() for adapter in module.groups.values()]
+
     def _with_adapters(self) -> set[int]:
         """First tasks of domains that have a residual adapter."""
-        groups = [group for module in self.adapted.values() for group in module.groups.values()]
-        return {part.task for group in groups for part in group.residuals}
+        return {part.task for adapter in self._adapters for part in adapter.residuals}
 
     def _gate_points(self, layers: list[int], group: str, reader: TokenReader) -> dict[int, GatePoint]:
         """Gate points by layer; relevance by energy takes the bases of v where every group has its own."""

@@ -16,7 +16,7 @@ from duallora.storage.learned import Groups
 
 
 class Probation(Groups):
-    """Rows as they were before their task's training, of the latest domain while it has one task, by task.
+    """Rows as they were before their task's training, of a first domain while it has one task.
 
     Means (k, d), losses and distances, and what the scatter (d, d) lacks to be that of before.
 
@@ -27,9 +27,6 @@ class Probation(Groups):
     def __init__(self, device: torch.device) -> None:
         super().__init__("mean", "fit", "scatter", device=device)
 
-    def __contains__(self, task: int) -> bool:
-        return str(task) in self._modules
-
     def begin(self, rows: ClassStatistics, task: int) -> None:
         """Notes the rows of a task before its training; they are the latest."""
         self.put(task, rows.mean[rows.task == task].clone(), rows.fit[task].clone(), rows.latest_scatter)
@@ -37,19 +34,19 @@ class Probation(Groups):
     def trained(self, rows: ClassStatistics, task: int) -> None:
         """After its training: of the scatter only the difference is of use later."""
         if task in self:
-            mean, fit, scatter = dict(self.groups())[task]
+            mean, fit, scatter = self[task]
             self.put(task, mean, fit, (scatter - rows.latest_scatter).float())
 
     def restore(self, rows: ClassStatistics, task: int) -> None:
         """Gives a task the rows that it had before its training; they are noted no longer."""
-        mean, fit, scatter = dict(self.groups())[task]
+        mean, fit, scatter = self[task]
         rows.exchange(task, mean, fit, scatter.double())
         self.discard(task)
 
     def forget(self, task: int, kept: Tensor) -> None:
         """Loses rows of a task; ``kept`` (k,), bool, says which stay."""
         if task in self and bool(kept.any()):
-            mean, fit, scatter = dict(self.groups())[task]
+            mean, fit, scatter = self[task]
             self.put(task, mean[kept.cpu()], fit, scatter)
         else:
             self.discard(task)

@@ -139,12 +139,17 @@ class Groups(Learned):
         """Sets the group of a number; the tensors in the order of the names."""
         self.add_module(str(number), Tensors(dict(zip(self.names, tensors, strict=True)), self.device))
 
+    def __contains__(self, number: int) -> bool:
+        return str(number) in self._modules
+
+    def __getitem__(self, number: int) -> list[Tensor]:
+        """The tensors of a number, in the order of the names."""
+        group = self._modules[str(number)]
+        return [getattr(group, name) for name in self.names]
+
     def groups(self) -> list[tuple[int, list[Tensor]]]:
-        """Numbers in rising order with the tensors of each, in the order of the names."""
-        found = [(int(n), group) for n, group in self._modules.items() if isinstance(group, Tensors)]
-        return [
-            (n, [getattr(group, x) for x in self.names]) for n, group in sorted(found, key=lambda p: p[0])
-        ]
+        """Numbers in rising order with the tensors of each."""
+        return [(number, self[number]) for number in sorted(map(int, self._modules))]
 
     def discard(self, number: int) -> None:
         """Loses the group of a number, if there is one."""
