@@ -122,7 +122,7 @@ class Method:
     def prepare(self, task: TaskInfo, loader: Loader) -> None:
         """Before training: opens the task's head and what :meth:`grow` adds."""
         self.heads.open(len(task.classes), self.generator(task.index))
-        self._before = [update for update in map(Beside.delta_weight, self.beside.values())]
+        self._before = list(map(Beside.delta_weight, self.beside.values()))
         for wrapper in self.beside.values():
             wrapper.separate()
         self.grow(task.index)
@@ -149,10 +149,14 @@ class Method:
         return groups
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy over the classes of the current task only."""
+        """Cross-entropy over the classes of the current task only, by what leads its training."""
         if self.leader is not None:
-            return self.leader.loss(self.features(batch.images), batch.labels, self.class_loss)
-        return self.class_loss.cross_entropy(self.current_logits(batch.images), batch.labels)
+            return self.leader.loss(batch, self.batch_features, self.class_loss)
+        return self.class_loss.cross_entropy(self.heads.current(self.batch_features(batch)), batch.labels)
+
+    def batch_features(self, batch: Batch) -> Tensor:
+        """Features (n, row_dim), fp32, of images of the current task while it trains."""
+        return self.features(batch.images)
 
     def current_logits(self, images: Tensor) -> Tensor:
         """Logits (n, |Y_t|) of the classes of the task that is trained, by what leads it."""
@@ -169,8 +173,7 @@ class Method:
 
     def extract(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the adapted model for images (n, 3, H, W), see :class:`.Backbone`."""
-        features: Tensor = self.backbone(images)
-        return features
+        return self.backbone(images)  # type: ignore[no-any-return]
 
     def frozen_features(self, images: Tensor) -> Tensor:
         """Features (n, row_dim) of the bare backbone, fp32, from the cache where it has all the images.
@@ -182,8 +185,7 @@ class Method:
         if found is not None:
             return found.to(images.device)
         with torch.autocast(images.device.type, enabled=False):  # everywhere as in the cache
-            features: Tensor = self.backbone(images).float()
-        return features
+            return self.backbone(images).float()  # type: ignore[no-any-return]
 
     def query(self, images: Tensor) -> Tensor:
         """Final features (n, feature_dim) of the bare backbone: what prompts and tasks are chosen by.
@@ -201,8 +203,7 @@ class Method:
 
     def head_logits(self, encoding: Encoding) -> Tensor:
         """Logits of all rows (n, R)."""
-        logits: Tensor = self.heads(encoding.features) if encoding.logits is None else encoding.logits
-        return logits
+        return self.heads(encoding.features) if encoding.logits is None else encoding.logits
 
     def after_step(self) -> None:
         """After an optimiser step: constraints on parameters."""

@@ -98,7 +98,7 @@ class DualLoRA(Method):
             # Beside other adapters the gate, once it knows the task, gives its images other features.
             self.probation.begin(self.rows, owner)
         if self._by_domain or (self.config.residual == "none" and owner == 0):
-            lead(self, task)
+            lead(self, task, min(self.adapted))
         for place, subspace in self.subspaces.items():
             self._open(task, place, subspace, seen.moments[place].value)
 
@@ -168,13 +168,10 @@ class DualLoRA(Method):
             groups += [{"params": some, "lr": rate * times}] if some else []
         return groups
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy on the current classes, each image left out of its own row in the gate."""
+    def batch_features(self, batch: Batch) -> Tensor:
+        """Features (n, row_dim), each image left out of its own row in the gate."""
         with self.context.autocast():
-            features = self.encode(batch.images, (batch.labels, batch.indices)).features
-        if self.leader is not None:
-            return self.leader.loss(features, batch.labels, self.class_loss)
-        return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
+            return self.encode(batch.images, (batch.labels, batch.indices)).features
 
     # -- after the task --------------------------------------------------------------------------------------
 

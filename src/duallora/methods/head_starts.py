@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duallora.adapters.token_mixing import TokenMixing
 from duallora.classifiers.class_statistics import ClassMoments
 from duallora.methods.interface import TaskInfo
 from duallora.methods.leader import Leader
@@ -33,7 +34,7 @@ def imprint(method: Method, task: TaskInfo, features: Tensor, labels: Tensor) ->
         method.starts.copy_latest(method.heads)
 
 
-def lead(method: Method, task: TaskInfo) -> None:
+def lead(method: Method, task: TaskInfo, layer: int) -> None:
     """Lets heads of its own, drawn at random and on the last layer, lead the task's training.
 
     An imprinted head fits the task's images as it is, from features below the adapters too: it leaves
@@ -42,10 +43,12 @@ def lead(method: Method, task: TaskInfo) -> None:
     Args:
         method: trained next.
         task: the one being prepared.
+        layer: the first that is trained; images are mixed at its entrance.
     """
     backbone, patches = method.backbone, method.backbone.patch_columns
     columns = [slice(0, backbone.feature_dim), *([] if patches is None else [patches])]
-    method.leader = Leader(columns, len(task.classes), method.generator(task.index), method.device)
+    mixing, generator = TokenMixing(backbone, layer), method.generator(task.index)
+    method.leader = Leader(columns, len(task.classes), mixing, generator, method.device)
 
 
 def settle(method: Method, task: TaskInfo) -> None:
