@@ -135,7 +135,9 @@ class Training:
 
     def gradients(self) -> None:
         """Loss and gradients of the next images."""
-        batch = self.task.batch(self._position, self.batch)
+        leader = self.method.leader
+        mixed = leader is not None and leader.mixes
+        batch = self.task.batch(self._position, self.batch, mixed)
         self._position += self.batch
         self.machine.fabric.backward(self.method.loss(batch))
 
