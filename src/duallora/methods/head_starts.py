@@ -34,7 +34,7 @@ def imprint(method: Method, task: TaskInfo, features: Tensor, labels: Tensor) ->
         method.starts.copy_latest(method.heads)
 
 
-def lead(method: Method, task: TaskInfo, layer: int) -> None:
+def lead(method: Method, task: TaskInfo, mixed_at: int | None = None) -> None:
     """Lets heads of its own, drawn at random and on the last layer, lead the task's training.
 
     An imprinted head fits the task's images as it is, from features below the adapters too: it leaves
@@ -43,11 +43,12 @@ def lead(method: Method, task: TaskInfo, layer: int) -> None:
     Args:
         method: trained next.
         task: the one being prepared.
-        layer: the first that is trained; images are mixed at its entrance.
+        mixed_at: the layer at whose entrance images are mixed; None mixes none.
     """
     backbone, patches = method.backbone, method.backbone.patch_columns
     columns = [slice(0, backbone.feature_dim), *([] if patches is None else [patches])]
-    mixing, generator = TokenMixing(backbone, layer), method.generator(task.index)
+    mixing = None if mixed_at is None else TokenMixing(backbone, mixed_at)
+    generator = method.generator(task.index)
     method.leader = Leader(columns, len(task.classes), mixing, generator, method.device)
 
 

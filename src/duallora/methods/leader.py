@@ -30,7 +30,7 @@ class Leader(nn.Module):
     Args:
         columns: of the features that each head reads.
         classes: of the task.
-        mixing: where images are mixed.
+        mixing: where images are mixed; None where nothing is.
         generator: what they are drawn from.
         device: where they live.
     """
@@ -39,12 +39,13 @@ class Leader(nn.Module):
         self,
         columns: Sequence[slice],
         classes: int,
-        mixing: TokenMixing,
+        mixing: TokenMixing | None,
         generator: torch.Generator,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.columns, self.classes, self.mixing = list(columns), classes, mixing
+        self.columns, self.classes = list(columns), classes
+        self.mixing = mixing if classes <= MOST_MIXED else None
         self.heads = nn.ModuleList(Heads(each.stop - each.start, device) for each in columns)
         for head in self.heads:
             head.open(classes + (self.pairs if self.mixes else 0), generator)  # type: ignore[operator]
@@ -52,7 +53,7 @@ class Leader(nn.Module):
     @property
     def mixes(self) -> bool:
         """Whether its batches are to have partners."""
-        return self.classes <= MOST_MIXED
+        return self.mixing is not None
 
     @property
     def pairs(self) -> int:
@@ -77,7 +78,7 @@ class Leader(nn.Module):
             features_of: features (n, row_dim) of a batch's images.
             class_loss: weighs the classes; a mixture counts as its own image does.
         """
-        if batch.partners is None:
+        if self.mixing is None or batch.partners is None:
             features, own, right = features_of(batch), batch.labels, batch.labels
         else:
             images, labels, shares = batch.partners
