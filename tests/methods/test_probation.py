@@ -13,9 +13,17 @@ from small_tasks import Patterns, assert_same_state, new_learner, one_domain, re
 from duallora import ContinualLearner, DualLoRAError
 from duallora.adapters.dynamic_memory import DynamicMemory
 from duallora.classifiers.class_statistics import ClassMoments, ClassStatistics
-from duallora.methods.probation import Probation, loss_of_unseen
+from duallora.methods.probation import Probation, harmed, losses_of_unseen
 
 DEPTH = 3
+CPU = torch.device("cpu")
+LABELS = torch.arange(3).repeat(20)
+
+
+def spread(space: float, seed: int = 0) -> torch.Tensor:
+    """Features (60, 6) whose classes lie ``space`` from the middle, in noise of 1."""
+    noise = torch.randn(60, 6, generator=torch.Generator().manual_seed(seed))
+    return noise + space * torch.eye(6)[LABELS]
 
 
 def tasks() -> list[Patterns]:
@@ -108,13 +116,13 @@ def test_the_domain_stays_known_and_its_later_tasks_train_their_heads_alone(
 def test_adapters_that_help_stay_and_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     some, asked = tasks(), []
 
-    def loss(*_: Any) -> float:
-        asked.append(0)
-        return float(len(asked))  # with the adapters it is the smaller one
+    def no(adapted: torch.Tensor, plain: torch.Tensor, *_: Any) -> bool:
+        asked.append(torch.equal(adapted, plain))
+        return False
 
-    monkeypatch.setattr("duallora.methods.duallora.loss_of_unseen", loss)
+    monkeypatch.setattr("duallora.methods.duallora.harmed", no)
     learner = learner_of(some[:3])
-    assert len(asked) == 2
+    assert asked == [False]
     assert all(group.residuals for group in adapters(learner))
     assert not len(dict(probation(learner).groups()))
 
@@ -173,7 +181,31 @@ def test_what_is_noted_has_to_fit_the_rows(tmp_path: Path) -> None:
 
 
 def test_images_that_are_told_apart_better_lose_less() -> None:
-    draw = torch.Generator().manual_seed(0)
-    labels, noise = torch.arange(3).repeat(20), torch.randn(60, 6, generator=draw)
-    near, far = (noise + space * torch.eye(6)[labels] for space in (1.0, 4.0))
-    assert loss_of_unseen(far, labels, 3) < loss_of_unseen(near, labels, 3)
+    near, far = spread(1.0), spread(4.0)
+    assert losses_of_unseen(far, LABELS, 3).mean() < losses_of_unseen(near, LABELS, 3).mean()
+    assert harmed(near, far, LABELS, 3) and not harmed(far, near, LABELS, 3)
+
+
+def test_what_chance_may_have_done_harms_nobody() -> None:
+    one, other = spread(1.0), spread(1.0) + 0.02 * spread(0.0, seed=4)
+    losses = [losses_of_unseen(features, LABELS, 3) for features in (one, other)]
+    harm = losses[1] - losses[0]
+    error = float(harm.std()) / len(harm) ** 0.5
+    assert abs(float(harm.mean())) < error, "or this test says nothing"
+    assert not harmed(one, other, LABELS, 3) and not harmed(other, one, LABELS, 3)
+    assert not harmed(one, one, LABELS, 3)
+
+
+def test_losses_are_those_by_which_rows_choose_their_temperature() -> None:
+    features = spread(1.0)
+    rows = ClassStatistics(6, CPU)
+    rows.replace(0, ClassMoments.of(features, LABELS, 3))
+    rows.fit_temperature(0, features, LABELS)
+    assert torch.allclose(losses_of_unseen(features, LABELS, 3).sum(), rows.losses[0].min())
+
+
+def test_an_only_image_of_its_class_has_no_loss() -> None:
+    labels = torch.cat([LABELS, torch.tensor([3])])
+    features = torch.cat([spread(1.0), torch.ones(1, 6)])
+    assert losses_of_unseen(features, labels, 4).shape == (60,)
+    assert not harmed(features[:3], features[:3], torch.arange(3), 3)

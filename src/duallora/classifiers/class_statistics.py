@@ -214,11 +214,8 @@ class ClassStatistics(Learned):
     def fit_temperature(self, task: int, features: Tensor, labels: Tensor) -> None:
         """Stores kappa losses and distances of ``task`` from its images (n, d), against the present rows."""
         own = self.own(task, labels, features)
-        scores, row = self.scores(features, own).cpu().double(), own.row.cpu()
-        counted = (self._gaussian.count[own.row] > 1).cpu()
-        losses = [
-            -(k * scores).log_softmax(1).gather(1, row[:, None])[counted].sum() for k in KAPPAS.tolist()
-        ]
+        counted = self.counted(own)
+        losses = [each[counted].sum() for each in self.left_out_losses(features, own)]
         nearest = self._gaussian.unseen_distance(features, own, self.freedom)[counted].double()
         if len(nearest):
             spread = float(nearest.std(unbiased=False))
@@ -229,6 +226,15 @@ class ClassStatistics(Learned):
             distance = (self.dim**0.5, 2**-0.5)
         self.fit[task] = torch.cat([torch.stack(losses), torch.tensor(distance, dtype=torch.float64)])
         self._tabulate()
+
+    def left_out_losses(self, f: Tensor, own: Own) -> list[Tensor]:
+        """Loss (n,) of each image left out of its own row for every kappa, fp64; see :meth:`counted`."""
+        scores, row = self.scores(f, own).cpu().double(), own.row.cpu()
+        return [-(k * scores).log_softmax(1).gather(1, row[:, None])[:, 0] for k in KAPPAS.tolist()]
+
+    def counted(self, own: Own) -> Tensor:
+        """Which images (n,) have others in their rows: without any there is no row to be named by."""
+        return (self._gaussian.count[own.row] > 1).cpu()
 
     def own(self, task: int, labels: Tensor, f0: Tensor) -> Own:
         """Rows and features for leave-one-out scores of images with ``labels`` (n,) inside ``task``."""

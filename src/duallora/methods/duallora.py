@@ -27,7 +27,7 @@ from duallora.methods.context import ALONE, MethodContext
 from duallora.methods.duallora_config import DualLoRAConfig
 from duallora.methods.head_starts import imprint, imprint_again, lead, settle
 from duallora.methods.interface import AdaptedPlace, Batch, Encoding, Loader, TaskInfo
-from duallora.methods.probation import Probation, loss_of_unseen
+from duallora.methods.probation import Probation, harmed
 from duallora.methods.task_pass import Place, Seen, look
 from duallora.storage.learned import SideBySide
 
@@ -103,7 +103,7 @@ class DualLoRA(Method):
             self._open(task, place, subspace, seen.moments[place].value)
 
     def _proved(self, owner: int, task: TaskInfo, seen: Seen, loader: Loader) -> Seen:
-        """Takes a domain's adapters away if its second task's images are told apart better without them.
+        """Takes a domain's adapters away if its second task's images are told apart worse with them.
 
         The first task's rows are then as they were before it trained.
 
@@ -117,9 +117,7 @@ class DualLoRA(Method):
             for module in self.adapted.values():
                 stack.enter_context(module.without(owner))
             plain = self._pass(loader)
-        classes = len(task.classes)
-        losses = [loss_of_unseen(each.features, each.labels, classes) for each in (seen, plain)]
-        if losses[0] < losses[1]:
+        if not harmed(seen.features, plain.features, seen.labels, len(task.classes)):
             self.probation.discard(owner)
             return seen
         for module in self.adapted.values():

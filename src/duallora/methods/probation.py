@@ -2,11 +2,13 @@
 
 Nothing in a first task says whether what its few classes teach carries over. The next task of the domain
 does: its classes are new to the adapters. So its images are looked at with and without them, and where they
-are told apart better without, the adapters go, and rows of the first task are again what they were before
-its training. Until then these are kept beside the rows, while no other domain has opened.
+are told apart better without, by more than chance, the adapters go, and rows of the first task are again what
+they were before its training. Until then these are kept beside the rows, while no other domain has opened.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -52,15 +54,34 @@ class Probation(Groups):
             self.discard(task)
 
 
-def loss_of_unseen(features: Tensor, labels: Tensor, classes: int) -> float:
-    """How badly images name their classes by rows of the others: the leave-one-out loss of the best kappa.
+def harmed(adapted: Tensor, plain: Tensor, labels: Tensor, classes: int) -> bool:
+    """Whether adapters make images of new classes harder to tell apart, by more than a standard error.
+
+    In doubt they stay: where they help they help by many points, and where they do not they cost one or two.
+
+    Args:
+        adapted: features (n, d) with the adapters.
+        plain: features (n, d) of the same images without them.
+        labels: (n,).
+        classes: of the task.
+    """
+    harm = losses_of_unseen(adapted, labels, classes) - losses_of_unseen(plain, labels, classes)
+    return len(harm) > 1 and float(harm.mean()) > float(harm.std()) / math.sqrt(len(harm))
+
+
+def losses_of_unseen(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How badly images name their classes by rows of the others: leave-one-out losses at the best kappa.
 
     Args:
         features: (n, d).
         labels: (n,).
         classes: of the task.
+
+    Returns:
+        (n',), fp64: an image that is the only one of its class has none.
     """
     rows = ClassStatistics(features.shape[1], features.device)
     rows.replace(0, ClassMoments.of(features, labels, classes))
-    rows.fit_temperature(0, features, labels)
-    return float(rows.losses[0].min())
+    own = rows.own(0, labels, features)
+    losses = torch.stack(rows.left_out_losses(features, own))[:, rows.counted(own)]
+    return losses[losses.sum(1).argmin()]
