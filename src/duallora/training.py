@@ -20,7 +20,6 @@ from duallora.backbones.compiling import compiler_errors
 from duallora.data.assembly import Chunk
 from duallora.data.colours import Colours
 from duallora.data.loader import ImageLoader
-from duallora.data.mixing import Mixing
 from duallora.data.source import Source
 from duallora.data.transforms import Augmentation, EvaluationTransform
 from duallora.errors import DualLoRAError, is_low_memory
@@ -28,7 +27,6 @@ from duallora.methods import Batch, Method, MethodConfig, TaskInfo
 from duallora.methods.best_epoch import BestEpoch
 from duallora.methods.class_weights import balanced
 from duallora.methods.config import epochs_for
-from duallora.methods.interface import Partners
 from duallora.methods.pieces import Pieces
 from duallora.methods.schedules import rate_share
 from duallora.runtime import parallel
@@ -72,7 +70,6 @@ def batches(
     chunks: Iterable[Chunk],
     total: int,
     colours: Colours | None = None,
-    mixing: Mixing | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of a data set on the loader's device, with labels and indices.
 
@@ -83,22 +80,14 @@ def batches(
         chunks: which samples are in which batch.
         total: samples in all chunks together.
         colours: changes the views of an epoch.
-        mixing: gives the images of an epoch partners.
     """
-    asked, shown = itertools.tee(chunks if mixing is None else map(mixing.asked, chunks))
-    with closing(loader.batches(source, asked, total if mixing is None else 2 * total)) as found:
+    asked, shown = itertools.tee(chunks)
+    with closing(loader.batches(source, asked, total)) as found:
         for chunk, images in zip(shown, found, strict=True):
             labels = [data.targets[position] for position in chunk.positions]
             if colours is not None:
                 images = colours(images, chunk.positions, chunk.epoch)
-            batch = Batch(images, loader.sent(labels), loader.sent(chunk.positions))
-            if mixing is not None:
-                own = len(labels) // 2
-                shares = mixing.shares(Chunk(chunk.positions[:own], chunk.epoch))
-                others = batch.part(slice(own, None))
-                partners = Partners(others.images, others.labels, loader.sent(shares))
-                batch = batch.part(slice(own))._replace(partners=partners)
-            yield batch
+            yield Batch(images, loader.sent(labels), loader.sent(chunk.positions))
 
 
 def evaluated(positions: Sequence[int]) -> list[Chunk]:
@@ -245,8 +234,12 @@ def _train(
         Chunk(tuple(piece), epoch) for epoch in range(epochs) for own in steps(epoch) for piece, _ in own
     )
     total = epochs * sum(len(piece) for own in steps(0) for piece, _ in own)
-    views = _further_views(method, data, source)
-    with closing(batches(loader, source, data, chunks, total, *views)) as found:
+    # What a head trained for this alone leads has to carry over to classes that come later: no colour of a
+    # few images may stand for a class. Crops alone show them too much alike.
+    crops = source.augmentation
+    led = method.leader is not None
+    colours = Colours(crops) if led and crops is not None and crops.policy != "none" else None
+    with closing(batches(loader, source, data, chunks, total, colours)) as found:
         for epoch in range(epochs):
             pieces = steps(epoch)
             label = f"{task.name}: epoch {epoch + 1}/{epochs}"
@@ -284,19 +277,6 @@ def _train(
     kept, right = best.restore()
     parallel.copy_from_first(trained)  # rounding must not make processes keep different epochs
     return _Trained(parameters, epochs, kept, right)
-
-
-def _further_views(method: Method, data: TaskDataset, source: Source) -> tuple[Colours | None, Mixing | None]:
-    """What views of a training get beside crops.
-
-    What heads trained for this alone lead has to carry over to classes that come later: no colour of a few
-    images may stand for a class, and what tells a few classes apart is not all there is to see.
-    """
-    crops = source.augmentation
-    if method.leader is None or crops is None or crops.policy == "none":
-        return None, None
-    mixes = method.leader.mixes and len(set(data.targets)) > 1
-    return Colours(crops), Mixing(data.targets, crops) if mixes else None
 
 
 @contextmanager

@@ -12,12 +12,8 @@ import torch
 from command_line import Call, assert_refused, caller, use_tiny_backbone
 from tiny import tiny_backbone
 
-from duallora.bench.candidates import Candidate, Training
 from duallora.bench.counts import held_bytes, peak_bytes
 from duallora.bench.timing import medians
-from duallora.methods import Batch
-from duallora.methods.duallora_config import DualLoRAConfig
-from duallora.runtime.compute import Machine
 
 CPU = torch.device("cpu")
 
@@ -95,19 +91,3 @@ def test_peak_bytes_are_the_most_at_once() -> None:
             torch.zeros(1000, 1000)
 
     assert 4_000_000 <= peak_bytes(work, CPU) < 4_100_000
-
-
-@pytest.mark.parametrize(("tasks", "mixed"), [(1, True), (2, False)])
-def test_a_measured_step_sees_what_a_step_of_training_does(tasks: int, mixed: bool) -> None:
-    """The second task is of a known domain: its adapters stay as they are, nothing is mixed."""
-    config = DualLoRAConfig(rank=2, residual_rank=2, known_domain=0.0)
-    machine = Machine.of("cpu")
-    training = Training(Candidate("duallora", config), tiny_backbone(), tasks, 2, 4, 4, machine)
-    training.prepare()
-    seen: list[Batch] = []
-    loss = training.method.loss
-    training.method.loss = lambda batch: seen.append(batch) or loss(batch)  # type: ignore[func-returns-value, method-assign]
-    training.step()
-    assert [batch.partners is not None for batch in seen] == [mixed]
-    for partners in filter(None, [batch.partners for batch in seen]):
-        assert not bool((partners.labels == seen[0].labels).any())

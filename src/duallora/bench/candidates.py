@@ -135,9 +135,7 @@ class Training:
 
     def gradients(self) -> None:
         """Loss and gradients of the next images."""
-        leader = self.method.leader
-        mixed = leader is not None and leader.mixes
-        batch = self.task.batch(self._position, self.batch, mixed)
+        batch = self.task.batch(self._position, self.batch)
         self._position += self.batch
         self.machine.fabric.backward(self.method.loss(batch))
 

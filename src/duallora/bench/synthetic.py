@@ -9,7 +9,6 @@ import torch
 from duallora.backbones.backbone import Backbone
 from duallora.learner import ContinualLearner
 from duallora.methods import METHODS, Batch, Loader, Method, MethodConfig, TaskInfo, method_name
-from duallora.methods.interface import Partners
 from duallora.outputs import TaskRecord
 from duallora.runtime.compute import Machine
 from duallora.training import EVALUATION_BATCH
@@ -104,14 +103,10 @@ class RandomTask:
         self.images = torch.randn(count, *size, generator=generator).to(device)
         self.labels = torch.arange(count, device=device) % len(info.classes)
 
-    def batch(self, start: int, size: int, mixed: bool = False) -> Batch:
-        """``size`` images from ``start`` on, round and round; ``mixed`` with the next, of another class."""
+    def batch(self, start: int, size: int) -> Batch:
+        """``size`` images from ``start`` on, round and round."""
         where = torch.arange(start, start + size, device=self.labels.device) % len(self.labels)
-        batch, after = Batch(self.images[where], self.labels[where], where), (where + 1) % len(self.labels)
-        if not mixed:
-            return batch
-        half = torch.full((size,), 0.5, device=self.labels.device)
-        return batch._replace(partners=Partners(self.images[after], self.labels[after], half))
+        return Batch(self.images[where], self.labels[where], where)
 
     @property
     def loader(self) -> Loader:

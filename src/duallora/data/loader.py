@@ -105,8 +105,8 @@ class ImageLoader:
             if mine:
                 self._passing.release()
 
-    def sent(self, numbers: Sequence[float]) -> Tensor:
-        """Numbers (n,) on the device, whole ones as such; a GPU is not waited for."""
+    def sent(self, numbers: Sequence[int]) -> Tensor:
+        """Whole numbers (n,) on the device; a GPU is not waited for."""
         pinned = self.device.type == "cuda"
         return torch.tensor(numbers, pin_memory=pinned).to(self.device, non_blocking=True)
 

@@ -150,9 +150,10 @@ class Method:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the classes of the current task only, by what leads its training."""
+        features = self.batch_features(batch)
         if self.leader is not None:
-            return self.leader.loss(batch, self.batch_features, self.class_loss)
-        return self.class_loss.cross_entropy(self.heads.current(self.batch_features(batch)), batch.labels)
+            return self.leader.loss(features, batch.labels, self.class_loss)
+        return self.class_loss.cross_entropy(self.heads.current(features), batch.labels)
 
     def batch_features(self, batch: Batch) -> Tensor:
         """Features (n, row_dim), fp32, of images of the current task while it trains."""

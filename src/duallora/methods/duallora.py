@@ -98,7 +98,7 @@ class DualLoRA(Method):
             # Beside other adapters the gate, once it knows the task, gives its images other features.
             self.probation.begin(self.rows, owner)
         if self._by_domain or (self.config.residual == "none" and owner == 0):
-            lead(self, task, min(self.adapted))
+            lead(self, task)
         for place, subspace in self.subspaces.items():
             self._open(task, place, subspace, seen.moments[place].value)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duallora.adapters.token_mixing import TokenMixing
 from duallora.classifiers.class_statistics import ClassMoments
 from duallora.methods.interface import TaskInfo
 from duallora.methods.leader import Leader
@@ -34,7 +33,7 @@ def imprint(method: Method, task: TaskInfo, features: Tensor, labels: Tensor) ->
         method.starts.copy_latest(method.heads)
 
 
-def lead(method: Method, task: TaskInfo, mixed_at: int | None = None) -> None:
+def lead(method: Method, task: TaskInfo) -> None:
     """Lets heads of its own, drawn at random and on the last layer, lead the task's training.
 
     An imprinted head fits the task's images as it is, from features below the adapters too: it leaves
@@ -43,13 +42,10 @@ def lead(method: Method, task: TaskInfo, mixed_at: int | None = None) -> None:
     Args:
         method: trained next.
         task: the one being prepared.
-        mixed_at: the layer at whose entrance images are mixed; None mixes none.
     """
     backbone, patches = method.backbone, method.backbone.patch_columns
     columns = [slice(0, backbone.feature_dim), *([] if patches is None else [patches])]
-    mixing = None if mixed_at is None else TokenMixing(backbone, mixed_at)
-    generator = method.generator(task.index)
-    method.leader = Leader(columns, len(task.classes), mixing, generator, method.device)
+    method.leader = Leader(columns, len(task.classes), method.generator(task.index), method.device)
 
 
 def settle(method: Method, task: TaskInfo) -> None:

@@ -9,39 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Partners(NamedTuple):
-    """Images of other classes (B, 3, H, W) for those of a batch to be mixed with.
-
-    Attributes:
-        images: (B, 3, H, W).
-        labels: inside the task (B,).
-        shares: of the batch's own image in each mixture (B,).
-    """
-
-    images: Tensor
-    labels: Tensor
-    shares: Tensor
-
-
 class Batch(NamedTuple):
-    """Images of a task.
-
-    Attributes:
-        images: (B, 3, H, W).
-        labels: inside the task (B,).
-        indices: of the samples in its data set (B,).
-        partners: what the images are seen mixed with as well; None where they are not.
-    """
+    """Images (B, 3, H, W), labels inside the task (B,) and indices of the samples in its data set (B,)."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    partners: Partners | None = None
-
-    def part(self, positions: slice) -> Batch:
-        """Some of the images."""
-        partners = self.partners and Partners(*(tensor[positions] for tensor in self.partners))
-        return Batch(self.images[positions], self.labels[positions], self.indices[positions], partners)
 
 
 # A fresh pass over the task's training images, evaluation view, in order. Where several processes train, each

@@ -43,7 +43,7 @@ class Joint(Method):
         """One pass for the rows; the head is their classifier, but does not lead the training."""
         super().prepare(task, loader)
         imprint(self, task, *self.observe(loader))
-        lead(self, task)  # no class comes later, and mixtures would cost points (docs/adapters.md)
+        lead(self, task)
 
     def consolidate(self, task: TaskInfo, loader: Loader) -> None:
         """One pass; the head becomes the classifier of the rows."""

@@ -63,4 +63,4 @@ class Pieces:
         if count == 1:
             return [(batch, share)]
         blocks = [parallel.block(images, part, count) for part in range(count)]
-        return [(batch.part(slice(b.start, b.stop)), share * len(b) / images) for b in blocks]
+        return [(Batch(*(part[b.start : b.stop] for part in batch)), share * len(b) / images) for b in blocks]
