@@ -15,6 +15,7 @@ from compared_runs import answered
 from PIL import Image
 
 from duallora import METHODS
+from duallora.streams import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 EXPERIMENTS = sorted((BENCHMARKS / "adapters").glob("*.yaml"))
@@ -22,11 +23,11 @@ EXPERIMENTS = sorted((BENCHMARKS / "adapters").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def study() -> Any:
-    """The names of adapters.py and held_back.py."""
+    """What adapters.py, held_back.py and mixed.py define."""
     sys.path.insert(0, str(BENCHMARKS))
     yield {
         name: runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="study")
-        for name in ("adapters", "adapters_tables", "held_back")
+        for name in ("adapters", "adapters_tables", "held_back", "mixed")
     }
     sys.path.remove(str(BENCHMARKS))
 
@@ -79,6 +80,31 @@ def test_joint_training_gets_the_steps_of_all_tasks(study: Any, folder: Path) ->
     configured = study["adapters"]["configured"]
     assert configured({"method": {"name": "joint"}}, stream, "domains")[1].min_steps == 500
     assert configured({"method": {"name": "lora"}}, stream, "domains")[1].min_steps == 100
+
+
+def test_the_mixed_stream_of_links_is_that_of_the_study(study: Any, tmp_path: Path) -> None:
+    """The same classes in the same order, the same images under the same labels in every task."""
+    parts = {"gtsrb": 43, "seedlings": 12, "tinyimagenet-cl100": 20}
+    for colour, (name, classes) in enumerate(parts.items()):
+        for number in range(classes):
+            for part in ("train", "val"):
+                place = tmp_path / "data" / name / part / f"c{number:02}"
+                place.mkdir(parents=True)
+                pixels = np.full((8, 8, 3), (6 * number, 80 * colour, part == "val"), np.uint8)
+                Image.fromarray(pixels).save(place / "0.png")
+    sizes = study["mixed"]["link"](tmp_path / "data", tmp_path / "mixed")
+    linked = load(str(tmp_path / "mixed"), tasks=sizes, order="alphabetical")
+    wanted = study["adapters"]["load_stream"](tmp_path / "data", "mixed", "val", 60)
+    assert [len(task.train.classes) for task in linked] == sizes and sum(sizes) == 75
+    for one, other in zip(linked, wanted, strict=True):
+        for mine, theirs in ((one.train, other.train), (one.test, other.test)):
+            assert shown(mine) == shown(theirs)
+
+
+def shown(images: Any) -> list[tuple[int, list[int]]]:
+    """Label and first pixel of every image, sorted."""
+    first = (np.asarray(image)[0, 0].tolist() for image, _ in images)
+    return sorted(zip(images.targets, first, strict=True))
 
 
 def test_room_is_the_share_of_joint_trainings_gain(study: Any) -> None:
