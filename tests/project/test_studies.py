@@ -23,11 +23,11 @@ EXPERIMENTS = sorted((BENCHMARKS / "adapters").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def study() -> Any:
-    """What adapters.py, held_back.py and mixed.py define."""
+    """What the scripts define."""
     sys.path.insert(0, str(BENCHMARKS))
     yield {
         name: runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="study")
-        for name in ("adapters", "adapters_tables", "held_back", "mixed")
+        for name in ("adapters", "adapters_tables", "held_back", "mixed", "room_picture")
     }
     sys.path.remove(str(BENCHMARKS))
 
@@ -147,3 +147,31 @@ def test_room_is_read_off_the_runs_alone(
     assert "Room captured" in told and "Final accuracy less that of frozen" in told
     assert "heads (room 50.0" in told and list(rows) == ["lora-wide"]
     assert "| 50 (" in told and "| +25.0 (" in told
+
+
+def test_room_captured_is_drawn_for_every_page(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = {"lora": -2.5, "frozen": None, "duallora": 0.4}
+    lines = [
+        {
+            "name": name,
+            "seeds": [0],
+            "readouts": {
+                "calibrated": {
+                    "room_captured": share and {"share": share, "low": share - 0.1, "high": share + 0.1}
+                }
+            },
+        }
+        for name, share in shares.items()
+    ]
+    for name in ("compare-one", "compare-two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compare.json").write_text(json.dumps({"lines": lines}))
+    shown = study["room_picture"]["captured"](tmp_path / "compare-one")
+    assert [line["name"] for line in shown] == ["duallora", "lora"]
+    folders = [str(tmp_path / name) for name in ("compare-one", "compare-two")]
+    monkeypatch.setattr(sys, "argv", ["room_picture.py", *folders, "--out", str(tmp_path / "room.png")])
+    study["room_picture"]["main"]()
+    with Image.open(tmp_path / "room.png") as picture:
+        assert picture.width > 2 * picture.height
