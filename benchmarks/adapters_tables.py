@@ -124,13 +124,17 @@ def curve(out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    asked: set[int] = set()
     for name, figures in json.loads(place.read_text()).items():
         trained = sorted((int(steps), value) for steps, value in figures.items() if steps != "0")
+        asked |= {steps for steps, _ in trained}
         axis.plot(*zip(*trained, strict=True), marker=".", label=name)
         axis.axhline(figures["0"], color="grey", linestyle=":")
     axis.set_xlabel("optimiser steps of the first task")
     axis.set_ylabel("accuracy of the rows (%)")
     axis.set_xscale("log")
+    axis.set_xticks(sorted(asked), sorted(asked))
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(out / "steps.png", dpi=110)
