@@ -287,6 +287,35 @@ with loader.reading(t.Drawn(Path(sys.argv[1])), t.EVALUATION, t.AUGMENTATION) as
 """
 
 
+INTERRUPTED_AT_ONCE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+sys.path[:0] = {path!r}
+import test_loader as t
+from duallora.data import loader as module
+module.START_WORTH = module.SEND_WORTH = module.CHEAP = -1.0
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+loader = module.ImageLoader(torch.device("cpu"), 2, 2**20)
+with loader.reading(t.Drawn(Path(sys.argv[1])), t.EVALUATION, t.AUGMENTATION) as source:
+    print(sum(len(batch) for batch in loader.batches(source, t.chunks(4) * 10, t.COUNT * 10)), loader.started)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.process
+def test_a_worker_is_not_interrupted_before_its_first_line(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    script = INTERRUPTED_AT_ONCE.format(path=[str(here), str(here.parent / "helpers")])
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert "Traceback" not in run.stderr, run.stderr
+    assert run.stdout.split() == [str(10 * COUNT), "2", "interrupted"]
+
+
 def alive(pid: int) -> bool:
     """Whether a process has not ended; one that nobody has asked for yet has."""
     stat = Path(f"/proc/{pid}/stat")

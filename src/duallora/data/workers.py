@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, cast
@@ -121,7 +122,8 @@ class Workers:
                 if forks
                 else threading.Thread(target=_read, args=arguments[:-1], daemon=True)
             )
-            made.start()
+            with _uninterrupted() if forks else nullcontext():
+                made.start()
             self._started.append(made)
             self._results.append(result)
             if forks:
@@ -192,6 +194,16 @@ class Workers:
             self._free.append(slot)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits; a process that is forked now never sees it, not even before its first line."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def forking() -> bool:
     """Whether workers are forks: on Linux, and not inside a process that may have no children."""
     return sys.platform == "linux" and not multiprocessing.current_process().daemon
@@ -216,8 +228,10 @@ def _work(
     """What a fork does; it ends with the process that started it, whose end of the queue is closed then."""
     for connection in others:
         connection.close()
-    # Ctrl-C goes to every process of the terminal: the first one says what is to be done.
+    # Ctrl-C goes to every process of the terminal: the first one says what is to be done. It is blocked
+    # since the fork; what the worker itself starts shall not inherit that it is.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the pool of the process it was forked from is not there
     _read(tasks, lock, results, slots, view, library)
