@@ -1,4 +1,4 @@
-"""The study of the adapters: runs what is missing, then writes the tables and the pictures.
+"""The study of the adapters: runs what is missing, then writes the tables and the picture.
 
     python benchmarks/adapters.py DATA [--out results/adapters] [--only NAME ...] [--streams NAME ...]
                                        [--seeds 0 1 2] [--tables]
@@ -53,6 +53,15 @@ def part(data: Path, name: str, tasks: int, test: str, per_class: int, **options
     return split(train, tasks, train_per_class=min(per_class, 25), holdout=HELD_BACK, **options)
 
 
+def mixed_parts(data: Path, test: str, per_class: int) -> dict[str, Stream]:
+    """The parts of the *mixed* stream in their order, by the folder of each."""
+    return {
+        "gtsrb": part(data, "gtsrb", 8, test, per_class),
+        "seedlings": part(data, "seedlings", 4, test, per_class),
+        "tinyimagenet-cl100": part(data, "tinyimagenet-cl100", 2, test, per_class, classes=20),
+    }
+
+
 def load_stream(data: Path, name: str, test: str, per_class: int) -> Stream:
     """One of ``ORDER``; signs are not mirrored."""
     if name == "gtsrb":
@@ -64,11 +73,7 @@ def load_stream(data: Path, name: str, test: str, per_class: int) -> Stream:
         return part(data, "tinyimagenet-cl100", 10, test, per_class, order_seed=order)
     if name == "domains":
         return with_domains(part(data, "tinyimagenet-cl100", 1, test, per_class, classes=20), SHIFTS)
-    pieces = (
-        part(data, "gtsrb", 8, test, per_class),
-        part(data, "seedlings", 4, test, per_class),
-        part(data, "tinyimagenet-cl100", 2, test, per_class, classes=20),
-    )
+    pieces = mixed_parts(data, test, per_class).values()
     tasks = [Task(f"task {n}", t.train, t.test) for n, t in enumerate((t for p in pieces for t in p), 1)]
     order = tuple(name for p in pieces for name in p.class_order)
     return Stream("mixed", tuple(tasks), order, 1993, augmentation="crop")

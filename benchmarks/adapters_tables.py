@@ -1,4 +1,4 @@
-"""Tables and pictures of the study of the adapters; see ``adapters.py``."""
+"""Tables and a picture of the study of the adapters; see ``adapters.py``."""
 
 from __future__ import annotations
 
@@ -80,39 +80,6 @@ def table(runs: Runs, stream: str) -> list[str]:
     return text
 
 
-def picture(runs: Runs, out: Path) -> None:
-    """Room captured by method and stream."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    streams = [s for s in STREAMS[:3] if ("joint", s) in runs and ("frozen", s) in runs]
-    if not streams:
-        return
-    shown = {name for name, stream in runs if stream in streams} - {"frozen", "joint"}
-    names = [name for name in LINES if name in shown]
-    figure, axis = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
-    labelled: set[str] = set()
-    for number, name in enumerate(names):
-        for column, stream in enumerate(streams):
-            found = [room(runs, name, stream, seed) for seed in runs.get((name, stream), {})]
-            values = [x for x in found if x is not None]
-            if values:
-                height = max(statistics.mean(values), -1.0)
-                bars = axis.bar(column + 0.13 * number, height, 0.12, color=f"C{number}")
-                if name not in labelled:
-                    bars.set_label(name)
-                    labelled.add(name)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhline(1, color="grey", linestyle=":")
-    axis.set_xticks([c + 0.13 * (len(names) - 1) / 2 for c in range(len(streams))], streams)
-    axis.set_ylabel("room captured (below -1 cut off)")
-    axis.legend(fontsize=8, ncols=3)
-    figure.savefig(out / "room.png", dpi=110)
-    pyplot.close(figure)
-
-
 def curve(out: Path) -> None:
     """Accuracy over the steps of the first task, from ``steps.json``."""
     place = out / "steps.json"
@@ -142,7 +109,7 @@ def curve(out: Path) -> None:
 
 
 def write_tables(out: Path) -> None:
-    """Writes ``tables.md``, ``room.png`` and ``steps.png``."""
+    """Writes ``tables.md`` and ``steps.png``; ``room_picture.py`` draws the room captured."""
     runs = read(out)
     text = [
         "# The study of the adapters: all runs",
@@ -155,5 +122,4 @@ def write_tables(out: Path) -> None:
         if any(key[1] == stream for key in runs):
             text += ["", f"## {stream}", "", *table(runs, stream)]
     (out / "tables.md").write_text("\n".join(text) + "\n")
-    picture(runs, out)
     curve(out)

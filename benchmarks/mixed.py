@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from adapters import load_stream
-
-PARTS = (("gtsrb", 43), ("seedlings", 12), ("tinyimagenet-cl100", 20))
+from adapters import mixed_parts
 
 
 def link(data: Path, out: Path) -> list[int]:
@@ -23,14 +21,14 @@ def link(data: Path, out: Path) -> list[int]:
     Raises:
         FileExistsError: OUT has links already.
     """
-    stream = load_stream(data, "mixed", "val", 60)
-    sources = [name for name, classes in PARTS for _ in range(classes)]
-    for number, (source, name) in enumerate(zip(sources, stream.class_order, strict=True)):
+    parts = mixed_parts(data, "val", 60)
+    classes = [(source, name) for source, part in parts.items() for name in part.class_order]
+    for number, (source, name) in enumerate(classes):
         for split in ("train", "val"):
             place = out / split / f"{number:02d}-{name}"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to((data / source / split / name).resolve(), target_is_directory=True)
-    return [len(task.train.classes) for task in stream]
+    return [len(task.train.classes) for part in parts.values() for task in part]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -168,8 +169,7 @@ class DualLoRA(Method):
 
     def batch_features(self, batch: Batch) -> Tensor:
         """Features (n, row_dim), each image left out of its own row in the gate."""
-        with self.context.autocast():
-            return self.encode(batch.images, (batch.labels, batch.indices)).features
+        return self._encoded(batch, own=True).features
 
     # -- after the task --------------------------------------------------------------------------------------
 
@@ -357,9 +357,10 @@ class DualLoRA(Method):
 
     def _pass(self, loader: Loader, own: bool = False) -> Seen:
         """A pass over the task's images; ``own`` leaves each out of its own row in the gate."""
-
-        def encode(batch: Batch) -> Encoding:
-            with self.context.autocast():
-                return self.encode(batch.images, (batch.labels, batch.indices) if own else None)
-
+        encode = partial(self._encoded, own=own)
         return look(loader, encode, self.memory, self.adapted, self.backbone, self.config.moments)
+
+    def _encoded(self, batch: Batch, own: bool) -> Encoding:
+        """A forward pass over images of the current task; ``own`` as for :meth:`_pass`."""
+        with self.context.autocast():
+            return self.encode(batch.images, (batch.labels, batch.indices) if own else None)

@@ -1,4 +1,4 @@
-"""A domain keeps its adapters only if they help with images that they were not trained on.
+"""A domain keeps its adapters unless they harm images that they were not trained on.
 
 Nothing in a first task says whether what its few classes teach carries over. The next task of the domain
 does: its classes are new to the adapters. So its images are looked at with and without them, and where they
